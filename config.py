@@ -1,0 +1,149 @@
+"""Every option, once, with its default. A script's configuration is DEFAULTS, then a sample config, then --key=value.
+
+    python train.py sample_configs/diving48.py --lr=1e-4 --out_dir=runs/fast
+
+A sample config is a Python file that holds one `config = dict(...)` of plain values. It is read, never executed. Relative
+paths in it start at this repository, those on the command line at the current folder. The result is a plain dict.
+"""
+
+import ast
+import difflib
+import os
+import sys
+
+DEFAULTS = dict(
+    # data
+    dataset='',                # the name printed beside every number
+    data_root='data',          # the folder that holds the videos
+    annotations=None,          # None: one folder per class in data_root; else list or JSON file(s), see README
+    splits=None,               # dict(train=[class, ...], val=[...], test=[...]); fractions such as 0.6 draw classes by the seed
+    prepare=None,              # a script of ours that makes the data when data_root does not exist
+    frames=8,                  # T, frames sampled per video
+    resize=256,                # short side of a decoded frame; the crop is the backbone's image size
+    test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
+    augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized) or 'randaug' (and colour, geometry)
+    flip=True,                 # mirror half of the training clips; wrong where classes name a side or a turn
+    norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
+    workers=2,                 # decoding processes; 0 decodes in the main one
+    cache_frames=32,           # evenly spaced frames of a video kept for training to choose from (TSN within each part)
+    cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
+    cache_dir=None,            # a folder that keeps decoded frames between runs
+    strict=False,              # stop at the first video that cannot be read instead of replacing it
+    # model
+    clip='ViT-B/32',           # CLIP weights: a name or a file
+    act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
+    levels=4,                  # S, last blocks whose outputs feed the aggregator
+    temporal_adapter=True,     # adapters in the kept blocks (thesis 3.2.2)
+    cls_token=False,           # the aggregator sees the class token too
+    cross_video='joint',       # attention across an episode's videos: 'joint' (transductive), 'inductive' or False
+    attn_proj=True,            # False: equation 3.15 to the letter, one head and no projections
+    mlp_order='serial',        # 'parallel': the MLP reads the same input as the attention, as 3.19 and 3.22 are printed
+    temp=100.0,                # Temp in (3.7)
+    loss='class',              # 'pairwise': (3.8), (3.9) over all pairs
+    # training
+    way=5,                     # N, classes of an episode
+    shot=5,                    # K, supports per class in training
+    queries=5,                 # queries per class in training
+    meta_batch=3,              # episodes a step
+    max_iters=1000,            # steps
+    lr=3e-5,                   # AdamW's learning rate
+    weight_decay=0.02,         # AdamW's weight decay
+    warmup_iters=0,            # steps over which the rate rises from 0
+    decay='constant',          # then: 'constant', or 'cosine' to 0 at max_iters
+    grad_clip=1.0,             # largest norm of the gradient; 0: no clipping
+    eval_interval=200,         # steps between validations
+    val_episodes=200,          # episodes of a validation, the same each time, 5-way 1-shot
+    log_interval=10,           # steps between log lines
+    seed=42,                   # of everything that is random
+    deterministic=False,       # bit-equal runs on CUDA, slower
+    device='auto',             # 'cuda', 'cpu'; 'auto': CUDA where there is one
+    dtype='auto',              # autocast on CUDA: 'float16', 'bfloat16' or 'float32'; 'auto': float16; a CPU computes in float32
+    compile='auto',            # torch.compile: True, False; 'auto': on CUDA
+    out_dir=None,              # checkpoints, log and results; None: runs/<dataset>
+    resume=False,              # go on from out_dir's last checkpoint
+    # testing
+    ckpt=None,                 # eval.py, predict.py: a checkpoint; None: training-free
+    test_split='test',         # the split whose classes are tested
+    test_shots=[1, 5],         # shots to test
+    test_queries=1,            # queries per class in a test episode
+    test_episodes=10000,       # episodes a test
+)
+
+CHOICES = dict(
+    test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
+    act=(None, 'quick_gelu', 'gelu'), cross_video=('joint', 'inductive', False), mlp_order=('serial', 'parallel'),
+    loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
+    compile=('auto', True, False), test_split=('train', 'val', 'test'),
+)
+TYPES = dict(annotations=(str, list), splits=dict, prepare=str, cache_dir=str, out_dir=str, ckpt=(str, list))  # besides None
+POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
+            'val_episodes', 'log_interval', 'test_queries', 'test_episodes')
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'ckpt')
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+def load_config(argv):
+    """['sample.py', '--key=value', ...] -> the whole configuration, checked. The sample file may be left out.
+
+    Stops with one sentence at an unknown key, a wrong type or an impossible value.
+    """
+    config = dict(DEFAULTS)
+    files = [arg for arg in argv if not arg.startswith('--')]
+    if len(files) > 1:
+        sys.exit(f'Expected one sample config, got {len(files)}: {" ".join(files)}. Options are written --key=value.')
+    for path in files:
+        for key, value in read_sample(path).items():
+            set_option(config, key, value, ROOT, path)
+    for arg in argv:
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            if not equals:
+                sys.exit(f'{arg}: options are written --key=value, for example --{key or "lr"}=1.')
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text
+            set_option(config, key, value, os.getcwd(), 'command line')
+    if config['out_dir'] is None:
+        config['out_dir'] = os.path.join(ROOT, 'runs', config['dataset'] or 'unnamed')
+    return config
+
+
+def read_sample(path):
+    """The dict of `config = dict(...)` in a Python file, by parsing: nothing is run."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            tree = ast.parse(file.read(), path)
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        sys.exit(f'Cannot read the config {path}: {error}')
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'config' and isinstance(node.value, ast.Call):
+            try:
+                return {item.arg: ast.literal_eval(item.value) for item in node.value.keywords}
+            except ValueError as error:
+                sys.exit(f'{path}: only plain values (numbers, strings, lists, dicts) may stand in config = dict(...): {error}')
+    sys.exit(f'{path} has no `config = dict(...)`.')
+
+
+def set_option(config, key, value, folder, source):
+    """Checks one value and sets it; relative paths start at `folder`."""
+    if key not in DEFAULTS:
+        near = difflib.get_close_matches(key, DEFAULTS, 1)
+        sys.exit(f'{source}: there is no option {key!r}' + (f'; did you mean {near[0]!r}?' if near else '.'))
+    default = DEFAULTS[key]
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if key in CHOICES:
+        if not any(value == c and type(value) is type(c) for c in CHOICES[key]):
+            sys.exit(f'{source}: {key}={value!r} must be one of {", ".join(map(repr, CHOICES[key]))}.')
+    elif key in TYPES:
+        if value is not None and not isinstance(value, TYPES[key]):
+            sys.exit(f'{source}: {key}={value!r} is of the wrong type, {type(value).__name__}.')
+    elif type(value) is not type(default):
+        sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
+    if key in POSITIVE and value <= 0:
+        sys.exit(f'{source}: {key}={value!r} must be positive.')
+    if key in PATHS and value is not None:
+        value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
+                 else os.path.join(folder, os.path.expanduser(value)))
+    config[key] = value
