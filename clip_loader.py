@@ -1,7 +1,11 @@
 """CLIP's weights and tokenizer: from a file in OpenAI's names to a CLIP module. In reading order: CLIP, load_clip, Tokenizer."""
 
 import hashlib
+import html
+import math
 
+import ftfy
+import regex
 import torch
 from torch import nn
 
@@ -71,8 +75,59 @@ def weights_hash(module):
     return digest.hexdigest()
 
 
+def clean(text):
+    """What CLIP did to its captions: mend broken Unicode and HTML entities, one space between words, lower case."""
+    return ' '.join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
 def byte_alphabet():
     """CLIP's 256 printable stand-ins for bytes, in vocabulary order: a dict byte -> character."""
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding. merges: its pairs of parts in order, or None for bytes alone (514 ids, the demo's CLIP)."""
+
+    words = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.I)
+
+    def __init__(self, merges=None):
+        self.alphabet = byte_alphabet()
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges or ())}
+        bytes_ = list(self.alphabet.values())
+        vocabulary = [*bytes_, *(b + '</w>' for b in bytes_), *map(''.join, self.ranks), '<|startoftext|>', '<|endoftext|>']
+        self.ids = {part: i for i, part in enumerate(vocabulary)}
+        self.vocab_size = len(vocabulary)
+        self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
+
+    def encode(self, text):
+        """A text -> its ids, without start and end."""
+        return [i for word in self.words.findall(clean(text)) for i in self.encode_word(word)]
+
+    def encode_word(self, word):
+        if word in ('<|startoftext|>', '<|endoftext|>'):
+            return [self.ids[word]]
+        parts = [self.alphabet[b] for b in word.encode()]
+        parts[-1] += '</w>'
+        while len(parts) > 1:  # join the pair that was learned first, until no neighbours are a known pair
+            rank, i = min((self.ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == math.inf:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return [self.ids[part] for part in parts]
+
+    def __call__(self, texts, context_length=77, truncate=False):
+        """A list of n texts -> ids (n, context_length) int64: start, text, end (the largest id), then zeros.
+
+        A text that is too long raises ValueError, or loses its tail with truncate=True.
+        """
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            ids = [self.sot, *self.encode(text), self.eot]
+            if len(ids) > context_length:
+                if not truncate:
+                    raise ValueError(f'Text of {len(ids)} tokens, longer than {context_length}: "{text[:60]}..."')
+                ids[context_length - 1:] = [self.eot]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
