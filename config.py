@@ -32,6 +32,7 @@ DEFAULTS = dict(
     # model
     clip='ViT-B/32',           # CLIP weights: a name or a file
     act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
+    image_size=None,           # side of the frames' crop; None: the weights' own, another interpolates their positions
     levels=4,                  # S, last blocks whose outputs feed the aggregator
     temporal_adapter=True,     # adapters in the kept blocks (thesis 3.2.2)
     cls_token=False,           # the aggregator sees the class token too
@@ -67,6 +68,7 @@ DEFAULTS = dict(
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
+    templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
 )
 
 CHOICES = dict(
@@ -75,7 +77,7 @@ CHOICES = dict(
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
-TYPES = dict(annotations=(str, list), splits=dict, prepare=str, cache_dir=str, out_dir=str, ckpt=(str, list))  # besides None
+TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, cache_dir=str, out_dir=str, ckpt=(str, list))  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'ckpt')
