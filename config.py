@@ -77,7 +77,8 @@ CHOICES = dict(
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
-TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, cache_dir=str, out_dir=str, ckpt=(str, list))  # besides None
+TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, cache_dir=str, out_dir=str,
+             ckpt=(str, list))  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'ckpt')
