@@ -21,7 +21,7 @@ DEFAULTS = dict(
     frames=8,                  # T, frames sampled per video
     resize=256,                # short side of a decoded frame; the crop is the backbone's image size
     test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
-    augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized) or 'randaug' (and colour, geometry)
+    augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized), 'randaug' (and more)
     flip=True,                 # mirror half of the training clips; wrong where classes name a side or a turn
     norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
     workers=2,                 # decoding processes; 0 decodes in the main one
@@ -58,7 +58,7 @@ DEFAULTS = dict(
     seed=42,                   # of everything that is random
     deterministic=False,       # bit-equal runs on CUDA, slower
     device='auto',             # 'cuda', 'cpu'; 'auto': CUDA where there is one
-    dtype='auto',              # autocast on CUDA: 'float16', 'bfloat16' or 'float32'; 'auto': float16; a CPU computes in float32
+    dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32'; a CPU computes in float32
     compile='auto',            # torch.compile: True, False; 'auto': on CUDA
     out_dir=None,              # checkpoints, log and results; None: runs/<dataset>
     resume=False,              # go on from out_dir's last checkpoint
@@ -85,12 +85,12 @@ PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'ckpt')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-def load_config(argv):
-    """['sample.py', '--key=value', ...] -> the whole configuration, checked. The sample file may be left out.
+def load_config(argv, base=DEFAULTS):
+    """['sample.py', '--key=value', ...] -> the whole configuration, checked: `base`, the file if one is named, the options.
 
     Stops with one sentence at an unknown key, a wrong type or an impossible value.
     """
-    config = dict(DEFAULTS)
+    config = dict(base)
     files = [arg for arg in argv if not arg.startswith('--')]
     if len(files) > 1:
         sys.exit(f'Expected one sample config, got {len(files)}: {" ".join(files)}. Options are written --key=value.')
@@ -150,3 +150,16 @@ def set_option(config, key, value, folder, source):
         value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
                  else os.path.join(folder, os.path.expanduser(value)))
     config[key] = value
+
+
+def resolve_device(config):
+    """The device and autocast dtype that 'auto' stands for: ('cuda' or 'cpu', torch.dtype). A CPU computes in float32."""
+    import torch
+    device = config['device']
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        sys.exit(f'--device={device}: PyTorch sees no CUDA device here; use --device=cpu.')
+    if device == 'cpu':
+        return device, torch.float32
+    return device, getattr(torch, 'float16' if config['dtype'] == 'auto' else config['dtype'])
