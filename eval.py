@@ -1,0 +1,245 @@
+"""The test: thousands of episodes from features encoded once.
+
+    python eval.py sample_configs/diving48.py --ckpt=runs/diving48/best.pt     a checkpoint
+    python eval.py sample_configs/diving48.py                                  training-free rows alone
+
+In reading order: building a model (build, load_checkpoint), encoding a split (encode_prefix, encode), episodes
+(episode_list), the methods that label them (mean_pool, zero_shot, vba) and the table (evaluate, print_rows, save_rows).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import clip_loader
+import data
+from config import load_config, resolve_device
+from model import VBA, class_scores, log_scores, trainable_state
+
+GATHER_BYTES = dict(cpu=2 ** 26, cuda=2 ** 31)  # tokens gathered for one batch of episodes
+ENCODE_VIDEOS = 16  # videos encoded at a time
+
+
+def build(config, clip):
+    """A VBA over the CLIP's image tower, new parts initialised from config['seed']."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config['seed'])
+        return VBA(clip.visual, config)
+
+
+def load_checkpoint(path, device='cpu'):
+    """The dict that train.py saved. Stops with one sentence when there is none or it is not a checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint['model'], checkpoint['config'], checkpoint['weights_hash']
+    except FileNotFoundError:
+        sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
+    except Exception as error:
+        sys.exit(f'{path} is not a checkpoint of train.py: {type(error).__name__}: {error}')
+    return checkpoint
+
+
+def restore(model, clip, checkpoint, path):
+    """Fills the model's trainable parameters. Stops when the checkpoint belongs to other weights or another model."""
+    if checkpoint['weights_hash'] != clip.weights_hash:
+        sys.exit(f'{path} was trained beside other CLIP weights (clip={checkpoint["config"]["clip"]!r}, hash '
+                 f'{checkpoint["weights_hash"][:12]}) than those loaded (hash {clip.weights_hash[:12]}).')
+    missing, unexpected = model.load_state_dict(checkpoint['model'], strict=False)
+    missing = set(missing) & set(trainable_state(model))
+    if missing or unexpected:
+        sys.exit(f'{path} holds another model: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.')
+
+
+@torch.no_grad()
+def encode_prefix(model, split, reader, device, autocast):
+    """Runs the frozen blocks over a split's videos, each once.
+
+    Returns a dict: `videos`, the split without the videos that could not be read; `x` (V, T, 1+L, D), the tokens before the
+    first kept block (float16 on CUDA, float32 on a CPU); `pooled` (V, embed_dim), unit-length mean of plain CLIP's frames.
+    """
+    jobs = np.split(np.arange(len(split.videos)), np.arange(ENCODE_VIDEOS, len(split.videos), ENCODE_VIDEOS))
+    blocks = model.visual.transformer.resblocks[-len(model.levels):]
+    xs, pooled, read = [], [], []
+    for frames, indices in tqdm(reader.stream(split, jobs, train=False), f'encoding {split.name} videos', len(jobs),
+                                unit_scale=ENCODE_VIDEOS, unit='video', leave=False, mininterval=1):
+        if not len(indices):  # none of these could be read
+            continue
+        with autocast:
+            x = model.prefix(frames.to(device, non_blocking=True))  # (B*T, 1+L, D)
+            plain = x
+            for block in blocks:
+                plain = block(plain)
+            features = model.visual.head(plain)
+        xs.append(x.unflatten(0, frames.shape[:2]).to(torch.float16 if x.is_cuda else x.dtype))
+        pooled.append(F.normalize(F.normalize(features.float().unflatten(0, frames.shape[:2]), dim=-1).mean(1), dim=-1))
+        read.append(indices)
+    if not read:
+        sys.exit(f'None of the {len(split.videos)} {split.name} videos could be read.')
+    read = np.concatenate(read)
+    videos = dataclasses.replace(split, videos=[split.videos[i] for i in read], labels=split.labels[read])
+    return dict(videos=videos, x=torch.cat(xs), pooled=torch.cat(pooled))
+
+
+@torch.no_grad()
+def encode(model, x, autocast):
+    """Tokens x (V, T, 1+L, D) before the first kept block -> what the aggregator needs of each video, whatever its episode.
+
+    Returns `start` (V, D), Q*_0; and `tokens`, S-1 tensors (V, T*L, D) for the other levels. Where no level looks at other
+    videos the whole answer is the video's own: `start` is then Q_S and `tokens` is empty.
+    """
+    starts, tokens = [], []
+    for part in x.split(ENCODE_VIDEOS):
+        with autocast:
+            kept = model.tokens(model.kept(part.flatten(0, 1), part.shape[1]))
+            q = model.start(kept[0])
+            if not model.mode:
+                q, kept = model.aggregate(q[None], [k[None] for k in kept[1:]], len(q), False)[0], kept[:1]
+        starts.append(q.float())
+        tokens.append([k.to(x.dtype) for k in kept[1:]])
+    return torch.cat(starts), [torch.cat(level) for level in zip(*tokens)]
+
+
+def episode_list(split, way, shot, queries, seed, count):
+    """The `count` test episodes of a seed, (count, way * (shot + queries)) indices into split.videos, and their hash.
+
+    Two people with the same hash tested on the same videos in the same episodes.
+    """
+    episodes = np.stack([data.episode(split, way, shot, queries, seed, i) for i in range(count)])
+    names = [f'{split.classes[c]}/{os.path.basename(v.path)}' for v, c in zip(split.videos, split.labels)]
+    digest = hashlib.sha256('\n'.join(names).encode() + episodes.astype('<i8').tobytes())
+    return episodes, digest.hexdigest()[:16]
+
+
+def mean_pool(pooled, way, shot):
+    """Row 0, training-free: cosine of a query's mean-pooled CLIP feature to the mean of each class's supports."""
+    def scores(part):
+        support, query = pooled[part[:, :way * shot]], pooled[part[:, way * shot:]]
+        prototypes = F.normalize(support.unflatten(1, (way, shot)).mean(2), dim=-1)  # (n, N, embed_dim)
+        return query @ prototypes.transpose(1, 2)
+    return scores
+
+
+def vba(model, start, tokens, way, shot, mode, temp, autocast):
+    """The aggregator on what `encode` kept. mode as in VBA.aggregate."""
+    labels = torch.arange(way, device=start.device).repeat_interleave(shot)
+
+    def scores(part):
+        with autocast:
+            q = model.aggregate(start[part], [level[part] for level in tokens], way * shot, mode) if mode else start[part]
+        return class_scores(log_scores(q, way * shot, temp), labels)
+    return scores
+
+
+@torch.no_grad()
+def predict(scores, episodes, bytes_per_video, device, note=None):
+    """Labels every query of every episode: `scores` takes indices (n, B) and gives (n, M, N). Returns (count, M) in 0..N-1.
+
+    As many episodes go at a time as gather about GATHER_BYTES of tokens.
+    """
+    batch = max(1, min(1000, GATHER_BYTES[torch.device(device).type] // max(1, bytes_per_video * episodes.shape[1])))
+    parts = torch.from_numpy(episodes).to(device).split(batch)
+    parts = tqdm(parts, note, unit_scale=batch, unit='episode', leave=False, mininterval=1) if note else parts
+    return torch.cat([scores(part).argmax(-1) for part in parts]).cpu().numpy()
+
+
+def token_bytes(tokens):
+    """Bytes that one video's tokens take."""
+    return sum(level[0].numel() * level.element_size() for level in tokens)
+
+
+def correct(predictions, way):
+    """Predictions (count, M) with the queries class-major -> which are right, (count, M) of bool."""
+    return predictions == np.repeat(np.arange(way), predictions.shape[1] // way)
+
+
+def interval(values):
+    """Mean and half-width of its 95 % interval, 1.96 * std / sqrt(n), of values (n,), in percent."""
+    return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
+
+
+def validate(config, model, prefix, episodes, device, autocast):
+    """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of encode_prefix's videos."""
+    way = min(config['way'], len(prefix['videos'].classes))
+    start, tokens = encode(model, prefix['x'], autocast)
+    scores = vba(model, start, tokens, way, 1, model.mode, config['temp'], autocast)
+    return correct(predict(scores, episodes, token_bytes(tokens), device), way).mean()
+
+
+def evaluate(config, clip, model, split, reader, device, autocast, trained=True):
+    """The table: every method on the same episodes, for each of test_shots. Returns the rows, a list of dicts."""
+    began = time.time()
+    prefix = encode_prefix(model, split, reader, device, autocast)
+    videos, pooled = prefix['videos'], prefix['pooled']
+    if trained:
+        start, tokens = encode(model, prefix['x'], autocast)
+    print(f'encoded {len(videos.videos)} {split.name} videos in {time.time() - began:.0f} s')
+    rows = []
+    for shot in config['test_shots']:
+        way, queries = min(config['way'], len(videos.classes)), config['test_queries']
+        episodes, episodes_hash = episode_list(videos, way, shot, queries, config['seed'], config['test_episodes'])
+        methods = [('clip-mean-pool', False, mean_pool(pooled, way, shot), pooled.shape[1] * 4)]
+        for mode in ('joint', 'inductive') if trained and model.mode else ('inductive',) if trained else ():
+            methods.append((f'vba-{mode}', mode == 'joint',
+                            vba(model, start, tokens, way, shot, model.mode and mode, config['temp'], autocast),
+                            token_bytes(tokens)))
+        for method, transductive, scores, size in methods:
+            began = time.time()
+            right = correct(predict(scores, episodes, size, device, f'{method} {shot}-shot'), way)
+            accuracy, ci95 = interval(right.mean(1))
+            classes = videos.labels[episodes[:, way * shot:]]
+            rows.append(dict(
+                method=method, dataset=config['dataset'], split=split.name, way=way, shot=shot, queries=queries,
+                episodes=len(episodes), episodes_hash=episodes_hash, accuracy=accuracy, ci95=ci95, transductive=transductive,
+                text=False, frames=config['frames'], sampling=config['test_sampling'], backbone=config['clip'],
+                weights_hash=clip.weights_hash, seed=config['seed'], seconds=time.time() - began,
+                videos=len(videos.videos), missing=len(split.videos) - len(videos.videos), selection='val' if trained else None,
+                per_class={name: 100 * right[classes == c].mean() for c, name in enumerate(videos.classes)
+                           if (classes == c).any()}))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row):
+    """One row of the table, for people."""
+    return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15}'
+            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %   {row["episodes"]} episodes ({row["episodes_hash"]}), '
+            f'{row["queries"]} query a class, {"transductive" if row["transductive"] else "inductive"}, {row["seconds"]:.1f} s')
+
+
+def save_rows(rows, path):
+    """Writes results.json, whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + '.tmp', 'w') as file:
+        json.dump(rows, file, indent=1)
+    os.replace(path + '.tmp', path)
+
+
+def main():
+    config = load_config(sys.argv[1:])
+    device, dtype = resolve_device(config)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
+    checkpoint = config['ckpt'] and load_checkpoint(config['ckpt'])
+    clip = clip_loader.load_clip(config['clip'])
+    model = build(config, clip)
+    if checkpoint:
+        restore(model, clip, checkpoint, config['ckpt'])
+    model.to(device)
+    split = data.load_splits(config)[config['test_split']]
+    reader = data.ClipReader(config, clip.visual.image_size)
+    try:
+        rows = evaluate(config, clip, model, split, reader, device, autocast, trained=bool(checkpoint))
+    finally:
+        reader.close()
+    save_rows(rows, os.path.join(config['out_dir'], 'results.json'))
+
+
+if __name__ == '__main__':
+    main()
