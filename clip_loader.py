@@ -1,15 +1,49 @@
-"""CLIP's weights and tokenizer: from a file in OpenAI's names to a CLIP module. In reading order: CLIP, load_clip, Tokenizer."""
+"""CLIP: its two towers, its weights from wherever they are, its tokenizer, its zero-shot texts.
 
+In reading order: the module (CLIP), the one door (load_clip), finding and fetching files (find_weights, fetch), reading the
+three kinds of files without running anything in them (read_state), other packages' parameter names (openai_names), what the
+shapes tell and other resolutions (geometry, resize_positions), text (Tokenizer, zero_shot_weights).
+
+Whatever a user can get wrong raises OSError or ValueError with one sentence; the scripts end with that sentence.
+"""
+
+import gzip
 import hashlib
 import html
+import http.client
+import importlib.util
+import io
+import json
 import math
+import os
+import pickle
+import re
+import sys
+import types
+import urllib.error
+import urllib.request
+import zipfile
+from collections import OrderedDict
 
 import ftfy
 import regex
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from model import Transformer, ViT
+from model import ACTIVATIONS, Transformer, ViT
+
+ADDRESS = 'https://openaipublic.azureedge.net/clip/models'  # /<SHA-256>/<file>: the addresses and digests of OpenAI's clip.py
+MODELS = {  # name: (SHA-256 of OpenAI's file, image size, patch size, width, layers, embedding, text width)
+    'ViT-B/32': ('40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af', 224, 32, 768, 12, 512, 512),
+    'ViT-B/16': ('5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f', 224, 16, 768, 12, 512, 512),
+    'ViT-L/14': ('b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836', 224, 14, 1024, 24, 768, 768),
+    'ViT-L/14@336px': ('3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02', 336, 14, 1024, 24, 768, 768),
+}
+MERGES = ('https://github.com/openai/CLIP/blob/main/clip/bpe_simple_vocab_16e6.txt.gz?raw=true',
+          '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a')
+# Tensors some files carry beside the parameters: OpenAI's archives the first four, Hugging Face's older ones the last.
+NOT_PARAMETERS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'position_ids')
 
 
 class CLIP(nn.Module):
@@ -41,13 +75,337 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
 
 
-def geometry(state):
-    """The constructor arguments of CLIP, read off a state dict in OpenAI's names."""
+def load_clip(source, act=None, image_size=None):
+    """source -> CLIP in float32, evaluation mode, all frozen, with `act` and the `weights_hash` of its image tower.
+
+    source: a name (MODELS: OpenAI's weights, found or fetched), 'random:<name>' (its geometry, seeded random weights), or a
+    file: OpenAI's TorchScript archive, a state dict of torch.save, or safetensors; in OpenAI's, open_clip's or Hugging Face's
+    names; of both towers or the image tower alone. act: 'quick_gelu', 'gelu' or None, see default_act. image_size: side of
+    the images in pixels if not the weights' own. OSError: no such file, no network. ValueError: not such weights.
+    """
+    if source.startswith('random:'):
+        state = random_state(source.removeprefix('random:'))
+        act = act or 'quick_gelu'
+    else:
+        path = find_weights(source)
+        state = openai_names(read_state(path))
+        act = act or default_act(path)
+    if act not in ACTIVATIONS:
+        raise ValueError(f'{source}: the activation {act!r} is none of {", ".join(ACTIVATIONS)}.')
+    sizes = geometry(state, source)
+    if image_size and image_size != sizes['image_size']:
+        grid, rest = divmod(image_size, sizes['patch_size'])
+        if rest:
+            raise ValueError(f'image_size={image_size} is no multiple of {source}\'s patches, {sizes["patch_size"]} pixels.')
+        name = 'visual.positional_embedding'
+        state[name], sizes['image_size'] = resize_positions(state[name].float(), grid), image_size
+    with torch.device('meta'):  # no memory, no random numbers: the tensors of the file become the parameters
+        clip = CLIP(**sizes, act=act)
+    check(state, clip.state_dict(), source)
+    clip.load_state_dict({name: x.float().contiguous() for name, x in state.items()}, assign=True)
+    clip.eval().requires_grad_(False)
+    clip.act, clip.weights_hash = act, weights_hash(clip.visual)
+    return clip
+
+
+def weights_hash(module):
+    """SHA-256 over a module's float32 parameters, sorted by name: the same for the same weights, however they were stored."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(name.encode() + x.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_act(path):
+    """The activation these weights were trained with, as far as a file tells.
+
+    OpenAI trained with QuickGELU, x * sigmoid(1.702 x); most of open_clip's own models (LAION, DataComp, ...) with GELU. The
+    tensors look the same, and the wrong choice gives no error, only worse features. The configuration that Hugging Face
+    keeps beside weights (open_clip_config.json, config.json) says which; a file without one is taken for OpenAI's.
+    """
+    def beside(name):
+        try:
+            with open(os.path.join(os.path.dirname(path), name), encoding='utf-8') as file:
+                content = json.load(file)
+            return content if isinstance(content, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    if 'model_cfg' in (content := beside('open_clip_config.json')):
+        return 'quick_gelu' if content['model_cfg'].get('quick_gelu') else 'gelu'
+    content = beside('config.json')
+    return content.get('vision_config', content).get('hidden_act', 'quick_gelu')
+
+
+def random_state(name, seed=0):
+    """Random weights of a named geometry, the same every time: for benchmarks and dry runs."""
+    if name not in MODELS:
+        raise ValueError(f'random:{name}: the geometries are {", ".join(MODELS)}.')
+    _, image_size, patch_size, width, layers, embed_dim, text_width = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(image_size, patch_size, width, layers, embed_dim, 49408, 77, text_width, 12).state_dict()
+
+
+# ---- files: found, or fetched and verified ---------------------------------------------------------------------------------
+
+def cache_folder():
+    """Where OpenAI's own package keeps its weights: ~/.cache/clip, or CLIP_CACHE."""
+    return os.path.expanduser(os.environ.get('CLIP_CACHE') or '~/.cache/clip')
+
+
+def find_weights(source):
+    """A name of MODELS or a path -> the path of an existing file; a named one is fetched if the cache lacks it."""
+    if source in MODELS:
+        sha256, file = MODELS[source][0], re.sub('[/@]', '-', source) + '.pt'
+        return fetch(f'{ADDRESS}/{sha256}/{file}', os.path.join(cache_folder(), file), sha256)
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f'There is no CLIP file {source!r}; the names are {", ".join(MODELS)} and random:<name>.')
+    return source
+
+
+def find_merges():
+    """The tokenizer's merges file: that of an installed clip or open_clip package, else cached or fetched as weights are."""
+    file = 'bpe_simple_vocab_16e6.txt.gz'
+    for package in ('clip', 'open_clip'):
+        spec = importlib.util.find_spec(package)  # finds it without importing it
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if sha256_of(path := os.path.join(folder, file)) == MERGES[1]:
+                return path
+    return fetch(MERGES[0], os.path.join(cache_folder(), file), MERGES[1])
+
+
+def sha256_of(path):
+    """The SHA-256 of a file in hexadecimal, None if there is none."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, 'rb') as file:
+        return digest_of(file).hexdigest()
+
+
+def digest_of(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def fetch(url, path, sha256):
+    """Makes sure that `path` holds the file with this SHA-256, downloading it if it does not, and returns path.
+
+    What is loading lies at path + '.part', is moved when its digest is right and removed when it is wrong. A connection that
+    breaks is taken up where it stopped as long as something arrives, then by the next run.
+    """
+    if (found := sha256_of(path)) == sha256:
+        return path
+    if found:
+        print(f'{path} is damaged or another file (SHA-256 {found[:12]}..., not {sha256[:12]}...): fetching it anew.')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = path + '.part'
+    while True:
+        had = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            digest = download(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if had and getattr(error, 'code', None) == 416:  # the part is longer than the file
+                os.remove(part)
+            elif not os.path.exists(part) or os.path.getsize(part) <= had:
+                raise ConnectionError(f'Cannot fetch {os.path.basename(path)} ({error}). Without a network, get {url} '
+                                      f'elsewhere and put it at {path}.') from error
+    if digest != sha256:
+        os.remove(part)
+        raise ValueError(f'What came from {url} is not the file with SHA-256 {sha256}; it was removed.')
+    os.replace(part, path)
+    return path
+
+
+def download(url, part):
+    """Appends to `part` what it lacks of the file at url and returns the SHA-256 of the whole; OSError if the line breaks."""
+    digest, have = hashlib.sha256(), 0
+    if os.path.exists(part):
+        with open(part, 'rb') as file:
+            digest, have = digest_of(file), file.tell()
+    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if response.status != 206:  # this server knows no ranges and sends the whole
+            digest, have = hashlib.sha256(), 0
+        total = have + int(response.headers.get('Content-Length') or 0)
+        with open(part, 'ab' if have else 'wb') as file:
+            while block := response.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                have += len(block)
+                bar = '#' * (40 * have // max(total, have))
+                print(f'\r{os.path.basename(part)[:-5]} [{bar:40}] {have >> 20} MB', end='', file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    if have < total:
+        raise ConnectionError(f'the connection broke after {have} of {total} bytes; a new run goes on from there')
+    return digest.hexdigest()
+
+
+# ---- files: read, never executed -------------------------------------------------------------------------------------------
+
+def read_state(path):
+    """A weights file of any of three kinds, told apart by its content -> dict of names and tensors as they are stored."""
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    try:
+        if start[:4] == b'PK\3\4':
+            with zipfile.ZipFile(path) as archive:
+                if any(name.count('/') == 1 and name.endswith('/constants.pkl') for name in archive.namelist()):
+                    return read_archive(archive)
+        elif start[8:] == b'{':
+            return read_safetensors(path)
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} (it begins with {start!r}) is damaged or not CLIP weights. Expected a TorchScript archive as '
+                         f'OpenAI publishes it, a state dict of torch.save, or safetensors. {type(error).__name__}: {reason}'
+                         ) from error
+    if isinstance(state, dict) and isinstance(state.get('state_dict'), dict):  # a checkpoint of open_clip's training
+        state = state['state_dict']
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f'{path} does not hold a state dict: expected names and tensors, found {str(state)[:60]}...')
+    return {str(name): x for name, x in state.items()}
+
+
+STORAGES = dict(HalfStorage=torch.float16, BFloat16Storage=torch.bfloat16, FloatStorage=torch.float32,
+                DoubleStorage=torch.float64, LongStorage=torch.int64, IntStorage=torch.int32, BoolStorage=torch.bool)
+
+
+class ArchiveUnpickler(pickle.Unpickler):
+    """Reads a TorchScript archive's data.pkl into plain values. Whatever else than data it names is refused, so nothing in
+    the archive can run; modules become empty namespaces, tensors the tuple of _rebuild_tensor_v2's arguments."""
+
+    def find_class(self, module, name):
+        if module.split('.')[0] == '__torch__':
+            return type('Module', (types.SimpleNamespace,), {})
+        if module == 'torch' and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
+            return lambda *args: args
+        if (module, name) == ('collections', 'OrderedDict'):
+            return OrderedDict
+        if module == 'torch.jit._pickle':  # marks the type of a list
+            return lambda value, *_: value
+        raise pickle.UnpicklingError(f'the archive names {module}.{name}, which weights have no use for')
+
+    def persistent_load(self, storage):
+        return storage
+
+
+def read_archive(archive):
+    """An open TorchScript archive (zip) -> dict of names and tensors: what its modules hold, buffers included."""
+    pickled = next(name for name in archive.namelist() if name.count('/') == 1 and name.endswith('/data.pkl'))
+    folder = pickled.removesuffix('data.pkl')
+    storages, state = {}, {}
+
+    def visit(value, name):
+        match value:
+            case types.SimpleNamespace():
+                for key, item in vars(value).items():
+                    visit(item, f'{name}.{key}' if name else key)
+            case (('storage', torch.dtype() as dtype, str() as key, _, int() as length), offset, size, stride, *_):
+                if key not in storages:
+                    entry = archive.getinfo(f'{folder}data/{key}')
+                    if entry.file_size != length * dtype.itemsize:
+                        raise ValueError(f'storage {key} holds {entry.file_size} bytes, not {length} numbers of {dtype}')
+                    storages[key] = torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)
+                state[name] = view(storages[key], offset, size, stride)
+
+    visit(ArchiveUnpickler(io.BytesIO(archive.read(pickled))).load(), '')
+    return state
+
+
+def view(storage, offset, size, stride):
+    """storage.as_strided(size, stride, offset), with every number checked first."""
+    if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+        raise ValueError(f'a tensor of size {size}, stride {stride}, offset {offset}')
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if 0 in size or last >= len(storage) or math.prod(size) > len(storage):
+        raise ValueError(f'a tensor of size {size}, stride {stride}, offset {offset} in a storage of {len(storage)}')
+    return storage.as_strided(size, stride, offset)
+
+
+def read_safetensors(path):
+    """A safetensors file -> dict of names and tensors. The format is a length, a JSON header and raw numbers: less code to
+    read safely here than a package to depend on."""
+    dtypes = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64, I64=torch.int64)
+    state = {}
+    with open(path, 'rb') as file:
+        size = os.path.getsize(path)
+        length = int.from_bytes(file.read(8), 'little')
+        if length > size:
+            raise ValueError(f'the header has {length} bytes, the file {size}')
+        header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == '__metadata__':
+                continue
+            dtype, shape, (begin, end) = dtypes[entry['dtype']], entry['shape'], entry['data_offsets']
+            if not 0 <= begin < end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f'tensor {name} of shape {shape} lies at bytes {begin} to {end} of {size - 8 - length}')
+            file.seek(8 + length + begin)
+            state[name] = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(shape)
+    return state
+
+
+# ---- names and shapes ------------------------------------------------------------------------------------------------------
+
+HUGGING_FACE = (  # (its name or a part of it, OpenAI's), applied in this order
+    ('vision_model.encoder.layers.', 'visual.transformer.resblocks.'), ('text_model.encoder.layers.', 'transformer.resblocks.'),
+    ('vision_model.embeddings.class_embedding', 'visual.class_embedding'),
+    ('vision_model.embeddings.patch_embedding.', 'visual.conv1.'),
+    ('vision_model.embeddings.position_embedding.weight', 'visual.positional_embedding'),
+    ('vision_model.pre_layrnorm.', 'visual.ln_pre.'), ('vision_model.post_layernorm.', 'visual.ln_post.'),
+    ('text_model.embeddings.token_embedding.', 'token_embedding.'),
+    ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
+    ('text_model.final_layer_norm.', 'ln_final.'), ('visual_projection.weight', 'visual.proj'),
+    ('text_projection.weight', 'text_projection'), ('.self_attn.', '.attn.'), ('.layer_norm1.', '.ln_1.'),
+    ('.layer_norm2.', '.ln_2.'), ('.mlp.fc1.', '.mlp.c_fc.'), ('.mlp.fc2.', '.mlp.c_proj.'),
+)
+
+
+def openai_names(state):
+    """A state dict in OpenAI's, open_clip's or Hugging Face's names -> in OpenAI's, without what is no parameter."""
+    state = {name.removeprefix('module.'): x for name, x in state.items() if name.split('.')[-1] not in NOT_PARAMETERS}
+    if 'conv1.weight' in state:  # an image tower saved alone
+        state = {'visual.' + name: x for name, x in state.items()}
+    if not any(name.startswith('vision_model.') for name in state):
+        return state
+    renamed = {}
+    for name, x in state.items():
+        for theirs, ours in HUGGING_FACE:
+            name = name.replace(theirs, ours)
+        renamed[name] = x.t() if name in ('visual.proj', 'text_projection') else x
+    for name in [name for name in renamed if '.attn.q_proj.' in name]:  # q, k and v are one matrix in OpenAI's
+        names = [name.replace('q_proj', part) for part in ('q_proj', 'k_proj', 'v_proj')]
+        if all(part in renamed for part in names):
+            renamed[name.replace('q_proj.', 'in_proj_')] = torch.cat([renamed.pop(part) for part in names])
+    return renamed
+
+
+def geometry(state, source):
+    """The constructor arguments of CLIP, read off a state dict in OpenAI's names. ValueError: not a CLIP with a ViT."""
     def depth(prefix):
         return len({name.split('.')[prefix.count('.')] for name in state if name.startswith(prefix)})
 
+    ranks = {'visual.conv1.weight': 4, 'visual.positional_embedding': 2, 'visual.proj': 2}
+    if 'token_embedding.weight' in state:
+        ranks.update({'token_embedding.weight': 2, 'positional_embedding': 2})
+    if wrong := [name for name, rank in ranks.items() if name not in state or state[name].ndim != rank]:
+        raise ValueError(f'{source} holds no CLIP with a Vision Transformer: expected {", ".join(wrong)}; found '
+                         f'{len(state)} tensors: {few([f"{name} {list(x.shape)}" for name, x in state.items()])}.')
     width, _, patch_size, _ = state['visual.conv1.weight'].shape
-    grid = round((len(state['visual.positional_embedding']) - 1) ** 0.5)
+    if width > 1024:  # the number of heads is not in the weights
+        raise ValueError(f'{source} is {width} wide. CLIPs wider than 1024 (ViT-H, g, G) have heads that are not 64 wide, '
+                         f'which this code does not build.')
+    places = len(state['visual.positional_embedding'])
+    grid = math.isqrt(places - 1)
+    if grid ** 2 + 1 != places:
+        raise ValueError(f'{source}: visual.positional_embedding has {places} places, not 1 more than a square.')
     sizes = dict(image_size=grid * patch_size, patch_size=patch_size, width=width,
                  layers=depth('visual.transformer.resblocks.'), embed_dim=state['visual.proj'].shape[1])
     if 'token_embedding.weight' in state:
@@ -57,22 +415,67 @@ def geometry(state):
     return sizes
 
 
-def load_clip(path):
-    """A state dict file in OpenAI's names -> CLIP in float32, evaluation mode, with its `weights_hash`."""
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    state = {name: x.float() for name, x in state.items() if name not in ('input_resolution', 'context_length', 'vocab_size')}
-    clip = CLIP(**geometry(state)).eval().requires_grad_(False)
-    clip.load_state_dict(state)
-    clip.weights_hash = weights_hash(clip.visual)
-    return clip
+def few(items, count=4):
+    return ', '.join(items[:count]) + (f', and {len(items) - count} more' if len(items) > count else '')
 
 
-def weights_hash(module):
-    """SHA-256 over a module's float32 parameters in the order of their names: the same for one set of weights, however stored."""
-    digest = hashlib.sha256()
-    for name, x in sorted(module.state_dict().items()):
-        digest.update(name.encode() + x.float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def check(state, expected, source):
+    """ValueError that names a few of each kind if `state` does not have exactly the names and shapes of `expected`."""
+    faults = dict(
+        missing=[name for name in expected if name not in state],
+        unexpected=[name for name in state if name not in expected],
+        misshapen=[f'{name} {list(state[name].shape)} instead of {list(x.shape)}'
+                   for name, x in expected.items() if name in state and state[name].shape != x.shape])
+    if any(faults.values()):
+        raise ValueError(f'{source} is not a CLIP as expected from its first tensors. '
+                         + '; '.join(f'{kind}: {few(names)}' for kind, names in faults.items() if names) + '.')
+
+
+def resize_positions(positions, grid):
+    """Positional embedding (1 + g*g, D) -> (1 + grid*grid, D): bicubic over the patches, the class token's as it is.
+
+    With antialiasing, as open_clip and timm do it.
+    """
+    old = math.isqrt(len(positions) - 1)
+    patches = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, g, g)
+    patches = F.interpolate(patches, (grid, grid), mode='bicubic', antialias=True)
+    return torch.cat([positions[:1], patches[0].flatten(1).T])
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------------
+
+def tokenizer_of(clip):
+    """The tokenizer that a CLIP was trained with: bytes alone if its vocabulary has 514 ids, else CLIP's merges."""
+    if clip.vocab_size == 514:
+        return Tokenizer()
+    with gzip.open(find_merges(), 'rt', encoding='utf-8') as file:
+        lines = file.read().split('\n')
+    return Tokenizer(line.split() for line in lines[1:49152 - 256 - 2 + 1])  # a head line, and more merges than CLIP uses
+
+
+def readable(class_name):
+    """'ApplyEyeMakeup', 'brush_hair', 'Moving [something] up' -> words: 'Apply Eye Makeup', 'brush hair', without brackets."""
+    name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_', ' ', class_name)
+    return ' '.join(re.sub(r'[][{}<>]', '', name).split())
+
+
+@torch.no_grad()
+def zero_shot_weights(clip, tokenizer, class_names, templates):
+    """Class names and templates with a {} -> (N, embed_dim) unit text features: a class's mean over its templates.
+
+    ValueError: a CLIP without a text tower, a template without {}, a text too long.
+    """
+    if not clip.vocab_size:
+        raise ValueError('Zero-shot needs a text tower, and these CLIP weights hold the image tower alone.')
+    if wrong := [template for template in templates if '{}' not in template]:
+        raise ValueError(f'A template needs {{}} where the class name goes: {wrong[0]!r}.')
+    device = clip.positional_embedding.device
+    weights = []
+    for name in class_names:
+        texts = [template.replace('{}', readable(name)) for template in templates]
+        features = clip.encode_text(tokenizer(texts, clip.context_length).to(device))
+        weights.append(F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1))
+    return torch.stack(weights)
 
 
 def clean(text):
