@@ -1,0 +1,36 @@
+"""Kinetics-100, CMN's classes. Recipe: thesis, Table 4.9."""
+
+config = dict(
+    dataset='kinetics',
+    data_root='data/kinetics',
+    lr=1e-05,
+    max_iters=1000,
+    temporal_adapter=False,
+    norm='imagenet',
+    splits=dict(
+        train=[
+            'air drumming', 'arm wrestling', 'beatboxing', 'biking through snow', 'blowing glass', 'blowing out candles',
+            'bowling', 'breakdancing', 'bungee jumping', 'catching or throwing baseball', 'cheerleading', 'cleaning floor',
+            'contact juggling', 'cooking chicken', 'country line dancing', 'curling hair', 'deadlifting', 'doing nails',
+            'dribbling basketball', 'driving tractor', 'drop kicking', 'dying hair', 'eating burger', 'feeding birds',
+            'giving or receiving award', 'hopscotch', 'jetskiing', 'jumping into pool', 'laughing', 'making snowman',
+            'massaging back', 'mowing lawn', 'opening bottle', 'playing accordion', 'playing badminton',
+            'playing basketball', 'playing didgeridoo', 'playing ice hockey', 'playing keyboard', 'playing ukulele',
+            'playing xylophone', 'presenting weather forecast', 'punching bag', 'pushing cart', 'reading book',
+            'riding unicycle', 'shaking head', 'sharpening pencil', 'shaving head', 'shot put', 'shuffling cards',
+            'slacklining', 'sled dog racing', 'snowboarding', 'somersaulting', 'squat', 'surfing crowd', 'trapezing',
+            'using computer', 'washing dishes', 'washing hands', 'water skiing', 'waxing legs', 'weaving basket',
+        ],
+        val=[
+            'baking cookies', 'crossing river', 'dunking basketball', 'feeding fish', 'flying kite', 'high kick',
+            'javelin throw', 'playing trombone', 'scuba diving', 'skateboarding', 'ski jumping',
+            'trimming or shaving beard',
+        ],
+        test=[
+            'blasting sand', 'busking', 'cutting watermelon', 'dancing ballet', 'dancing charleston', 'dancing macarena',
+            'diving cliff', 'filling eyebrows', 'folding paper', 'hula hooping', 'hurling (sport)', 'ice skating',
+            'paragliding', 'playing drums', 'playing monopoly', 'playing trumpet', 'pushing car', 'riding elephant',
+            'shearing sheep', 'side kick', 'stretching arm', 'tap dancing', 'throwing axe', 'unboxing',
+        ],
+    ),
+)

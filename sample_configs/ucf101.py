@@ -1,0 +1,35 @@
+"""UCF101, ARN's classes. Recipe: thesis, Table 4.9."""
+
+config = dict(
+    dataset='ucf101',
+    data_root='data/ucf101',
+    lr=1e-05,
+    max_iters=2000,
+    temporal_adapter=False,
+    cross_video=False,
+    augment='randaug',
+    norm='imagenet',
+    splits=dict(
+        train=[
+            'ApplyEyeMakeup', 'Archery', 'BabyCrawling', 'BalanceBeam', 'BandMarching', 'BaseballPitch', 'Basketball',
+            'BasketballDunk', 'BenchPress', 'Biking', 'Billiards', 'BlowDryHair', 'BodyWeightSquats', 'Bowling',
+            'BoxingPunchingBag', 'BoxingSpeedBag', 'BreastStroke', 'BrushingTeeth', 'CricketBowling', 'Drumming', 'Fencing',
+            'FieldHockeyPenalty', 'FrisbeeCatch', 'FrontCrawl', 'Haircut', 'Hammering', 'HeadMassage', 'HulaHoop',
+            'JavelinThrow', 'JugglingBalls', 'JumpingJack', 'Kayaking', 'Knitting', 'LongJump', 'Lunges', 'MilitaryParade',
+            'Mixing', 'MoppingFloor', 'Nunchucks', 'ParallelBars', 'PizzaTossing', 'PlayingCello', 'PlayingDhol',
+            'PlayingFlute', 'PlayingPiano', 'PlayingSitar', 'PlayingTabla', 'PlayingViolin', 'PoleVault', 'PullUps',
+            'PushUps', 'Rafting', 'RopeClimbing', 'Rowing', 'ShavingBeard', 'Skijet', 'SoccerJuggling', 'SoccerPenalty',
+            'SumoWrestling', 'Swing', 'TableTennisShot', 'TaiChi', 'ThrowDiscus', 'TrampolineJumping', 'Typing',
+            'UnevenBars', 'WalkingWithDog', 'WallPushups', 'WritingOnBoard', 'YoYo',
+        ],
+        val=[
+            'ApplyLipstick', 'CricketShot', 'HammerThrow', 'HandstandPushups', 'HighJump', 'HorseRiding', 'PlayingDaf',
+            'PlayingGuitar', 'Shotput', 'SkateBoarding',
+        ],
+        test=[
+            'BlowingCandles', 'CleanAndJerk', 'CliffDiving', 'CuttingInKitchen', 'Diving', 'FloorGymnastics', 'GolfSwing',
+            'HandstandWalking', 'HorseRace', 'IceDancing', 'JumpRope', 'PommelHorse', 'Punch', 'RockClimbingIndoor',
+            'SalsaSpin', 'Skiing', 'SkyDiving', 'StillRings', 'Surfing', 'TennisSwing', 'VolleyballSpiking',
+        ],
+    ),
+)
