@@ -173,10 +173,9 @@ def sample_indices(n, frames, rng=None):
 
     rng None takes each part's middle, a numpy Generator a random frame of each.
     """
-    if rng is None:
-        return (2 * np.arange(frames) + 1) * n // (2 * frames)
-    low = np.arange(frames) * n // frames
-    return rng.integers(low, np.maximum(low + 1, np.arange(1, frames + 1) * n // frames))
+    edges = np.arange(frames + 1) * n // frames
+    low, high = edges[:-1], np.maximum(edges[:-1] + 1, edges[1:])
+    return (low + high) // 2 if rng is None else rng.integers(low, high)
 
 
 class UnreadableVideo(Exception):
@@ -202,7 +201,7 @@ def read_frames(path, pick, short_side):
             raise ValueError('no frame could be decoded')
         return np.stack([pictures[i] for i in indices])
     except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
-        raise UnreadableVideo(f'{path}: {error or type(error).__name__}') from error
+        raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error
 
 
 def number_in(name):
@@ -252,7 +251,8 @@ def decode(container, pick, short_side):
     shown = [packet for packet in packets if not packet.is_discard]
     indices = list(pick(len(shown))) if shown else []
     pts = sorted(packet.pts for packet in shown if packet.pts is not None)
-    if codec.name in ('h264', 'hevc') and len(set(pts)) == len(packets) and not any(packet.is_corrupt for packet in packets):
+    if (codec.name in ('h264', 'hevc') and container.format.name != 'avi'  # avi has no pts, what it shows is made up
+            and len(set(pts)) == len(packets) and not any(packet.is_corrupt for packet in packets)):
         pictures = decode_some(codec, packets, [pts[i] for i in dict.fromkeys(indices)], convert)
         if pictures is not None:
             return {i: pictures[pts[i]] for i in indices}, indices
@@ -274,29 +274,32 @@ def decode_some(codec, packets, wanted, convert):
     """
     place = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [(packet.pts, i) for i, packet in enumerate(packets) if packet.is_keyframe]
-    targets, frames, position = set(wanted), [], 0
+    targets, pictures, latest, position = set(wanted), {}, -float('inf'), 0
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
     skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
-    pictures = {}
+
+    def take(frames):
+        nonlocal latest
+        for frame in frames:
+            if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
+                raise ValueError('frames are damaged or out of order')
+            latest = frame.pts
+            if latest in targets:
+                pictures[latest] = convert(frame)
+
     try:
-        for pts in [*wanted, None]:
-            start = max((i for key, i in keys if pts is not None and key <= pts), default=0)
-            if pts is None or start > position:  # the end, or on to a later group of pictures: drain the decoder
-                frames += codec.decode(None)
+        for pts in wanted:
+            start = max((i for key, i in keys if key <= pts), default=0)
+            if start > position:  # on to a later group of pictures
+                take(codec.decode(None))
                 codec.flush_buffers()
                 position = start
-            if pts is not None:
-                for packet in packets[position:place[pts] + 1]:
-                    codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
-                    frames += codec.decode(packet)
-                position = max(position, place[pts] + 1)
-            for frame in frames:
-                if frame.is_corrupt:
-                    return None
-                if frame.pts in targets:
-                    pictures[frame.pts] = convert(frame)
-            frames.clear()
-    except av.FFmpegError:
+            for packet in packets[position:place[pts] + 1]:
+                codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
+                take(codec.decode(packet))
+            position = max(position, place[pts] + 1)
+        take(codec.decode(None))
+    except (av.FFmpegError, ValueError):
         return None
     finally:
         codec.skip_frame = 'DEFAULT'

@@ -1,0 +1,348 @@
+"""Tests of data.py: decoding, sampling, episodes, and the worker processes."""
+
+import os
+import signal
+import time
+
+import av
+import numpy as np
+import pytest
+import torch
+from clips import KINDS, picture, write_clip, write_folder
+
+import data
+from config import DEFAULTS
+
+# ---- Decoding
+
+
+@pytest.fixture(scope='session')
+def kinds(tmp_path_factory):
+    """{name: path} of one clip of each kind."""
+    folder = tmp_path_factory.mktemp('kinds')
+    return {name: write_clip(folder / name, **args) for name, args in KINDS.items()}
+
+
+def sequential(path):
+    """Every frame, decoded in order by PyAV's plainest means."""
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_decoding_equals_sequential_decoding(kinds, name):
+    expected = sequential(kinds[name])
+    assert len(expected) == KINDS[name].get('frames', 30)
+    for frames, seed in ((8, None), (8, 0), (8, 1), (3, 2), (1, 3), (1, None), (100, None)):
+        rng = None if seed is None else np.random.default_rng(seed)
+        indices = data.sample_indices(len(expected), frames, rng)
+        got = data.read_frames(kinds[name], lambda n, i=indices: i, 1000)
+        assert got.dtype == np.uint8 and np.array_equal(got, expected[indices])
+
+
+def test_the_number_of_frames_is_counted_not_read_from_the_header(kinds):
+    for name in KINDS:
+        seen = []
+        data.read_frames(kinds[name], lambda n, seen=seen: seen.append(n) or [0], 1000)
+        assert seen[-1] == KINDS[name].get('frames', 30), name
+
+
+def test_short_side(kinds):
+    assert data.read_frames(kinds['gops.mp4'], lambda n: [0, 5], 24).shape == (2, 24, 32, 3)
+    assert data.read_frames(kinds['odd_444.mp4'], lambda n: [0], 51).shape == (1, 51, 67, 3)
+    assert data.read_frames(kinds['odd_444.mp4'], lambda n: [0], 500).shape == (1, 51, 67, 3)  # never enlarged
+
+
+def test_rotation_is_applied(kinds, tmp_path):
+    """The matrix that phones write: shown turned clockwise by 90 degrees."""
+    upright = data.read_frames(kinds['gops.mp4'], lambda n: [0, 9], 1000)
+    content = bytearray(open(kinds['gops.mp4'], 'rb').read())
+    at = content.index(b'tkhd') + 44
+    one, zero, minus, last = ((v).to_bytes(4, 'big', signed=True) for v in (0x10000, 0, -0x10000, 0x40000000))
+    content[at:at + 36] = zero + one + zero + minus + zero + zero + zero + zero + last
+    path = tmp_path / 'turned.mp4'
+    path.write_bytes(content)
+    turned = data.read_frames(str(path), lambda n: [0, 9], 1000)
+    assert np.array_equal(turned, np.rot90(upright, -1, (1, 2)))
+
+
+def test_folder_of_images(tmp_path):
+    path = write_folder(tmp_path / 'clip', 12, ext='.png')
+    got = data.read_frames(path, lambda n: data.sample_indices(n, 12), 1000)
+    assert np.array_equal(got, np.stack([picture(i) for i in range(12)]))  # img_2 before img_10
+    path = write_folder(tmp_path / 'jpg', 3)
+    got = data.read_frames(path, lambda n: [0, 2], 1000)
+    assert np.abs(got.astype(int) - np.stack([picture(0), picture(2)])).mean() < 12
+
+
+def test_unreadable_videos_are_named(tmp_path):
+    (tmp_path / 'empty.mp4').touch()
+    (tmp_path / 'text.mp4').write_text('no video')
+    (tmp_path / 'folder.mp4').mkdir()
+    for name in ('empty.mp4', 'text.mp4', 'folder.mp4', 'missing.mp4'):
+        with pytest.raises(data.UnreadableVideo, match=name):
+            data.read_frames(str(tmp_path / name), lambda n: data.sample_indices(n, 8), 256)
+
+
+def test_what_decodes_of_a_cut_file_is_used(kinds, tmp_path):
+    for name in ('long_gop.mkv', 'open_gop.ts', 'xvid.avi', 'fragmented.mp4'):
+        content = open(kinds[name], 'rb').read()
+        path = tmp_path / name
+        path.write_bytes(content[:len(content) * 6 // 10])
+        expected, counts = sequential(kinds[name]), []
+        got = data.read_frames(str(path), lambda n, c=counts: c.append(n) or data.sample_indices(n, 8), 1000)
+        assert 5 < counts[-1] < len(expected), name
+        indices = data.sample_indices(counts[-1], 8)
+        assert np.array_equal(got[:6], expected[indices[:6]]), name  # the very last frames may be damaged
+
+
+# ---- Sampling
+
+def test_sample_indices():
+    for n in (1, 3, 7, 8, 9, 16, 100, 301):
+        middle, edges = data.sample_indices(n, 8), [t * n // 8 for t in range(9)]
+        drawn = np.stack([data.sample_indices(n, 8, np.random.default_rng(seed)) for seed in range(300)])
+        assert (drawn[:, 1:] >= drawn[:, :-1]).all()
+        for t in range(8):
+            part = range(edges[t], max(edges[t] + 1, edges[t + 1]))
+            assert middle[t] == part[len(part) // 2] and set(drawn[:, t]) <= set(part)
+            assert len(part) > 20 or set(drawn[:, t]) == set(part)
+    assert data.sample_indices(16, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert data.sample_indices(3, 8).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def fake_split(sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    videos = [data.Video(f'{i}.mp4') for i in range(sum(sizes))]
+    return data.Split('train', [f'class {i}' for i in range(len(sizes))], videos, labels)
+
+
+def test_episodes():
+    split = fake_split([6, 10, 7, 30, 9, 8])
+    counts = np.zeros(len(split.videos))
+    for number in range(400):
+        drawn = data.episode(split, 3, 2, 4, 42, number)
+        assert drawn.dtype == np.int64 and len(set(drawn.tolist())) == 18
+        support, query = split.labels[drawn[:6]].reshape(3, 2), split.labels[drawn[6:]].reshape(3, 4)
+        assert (support == support[:, :1]).all() and (query == support[:, :1]).all() and len(set(support[:, 0])) == 3
+        assert np.array_equal(drawn, data.episode(split, 3, 2, 4, 42, number))
+        counts[drawn] += 1
+    per_class = [counts[members].sum() for members in split.members]
+    assert np.allclose(per_class, 400 * 18 / 6, rtol=0.15)  # classes are equally likely whatever their size
+    assert not np.array_equal(data.episode(split, 3, 2, 4, 42, 0), data.episode(split, 3, 2, 4, 43, 0))
+
+
+def test_impossible_episodes_stop_with_a_sentence():
+    with pytest.raises(SystemExit, match='has 2 classes'):
+        data.episode(fake_split([5, 5]), 3, 1, 1, 0, 0)
+    with pytest.raises(SystemExit, match="'class 1' of split train has 3 videos"):
+        data.episode(fake_split([5, 3]), 2, 2, 2, 0, 0)
+
+
+# ---- Which videos there are
+
+def make_config(root, **options):
+    return dict(DEFAULTS, data_root=str(root), resize=48, cache_gb=0.01, device='cpu', **options)
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """Three classes of six clips: four files, one folder of frames, and one that cannot be read."""
+    root = tmp_path_factory.mktemp('data')
+    for k, name in enumerate(('Turn_Left', 'jump', 'Roll Over')):
+        (root / name).mkdir()
+        for i in range(4):
+            write_clip(root / name / f'{i}.mp4', frames=10 + 9 * i + k, options=dict(preset='ultrafast'))
+        write_folder(root / name / '4', 9)
+        (root / name / '5.avi').write_bytes(b'RIFF' + bytes(100))
+    return root
+
+
+def test_folder_per_class(folder):
+    splits = data.load_splits(make_config(folder, splits=dict(train=['turn left', 'Jump'], test=['roll_over'])))
+    train = splits['train']
+    assert train.classes == ['turn left', 'Jump'] and train.labels.tolist() == [0] * 6 + [1] * 6
+    assert [os.path.relpath(v.path, folder) for v in train.videos[:6]] == [f'Turn_Left/{n}' for n in
+                                                                          ('0.mp4', '1.mp4', '2.mp4', '3.mp4', '4', '5.avi')]
+    assert splits['val'].classes == [] and len(splits['test'].videos) == 6
+
+
+def test_fractions_and_bad_splits(folder, tmp_path):
+    thirds = dict(train=0.34, val=0.33, test=0.33)
+    splits = data.load_splits(make_config(folder, splits=thirds))
+    assert sorted(sum((s.classes for s in splits.values()), [])) == ['Roll Over', 'Turn_Left', 'jump']
+    assert splits['train'].classes == data.load_splits(make_config(folder, splits=thirds))['train'].classes
+    for options, message in ((dict(splits=dict(train=['turn lfet'])), "'turn lfet' of split train has no video.*Turn_Left"),
+                             (dict(splits=dict(train=['jump'], test=['Jump'])), 'stands in train and in test'),
+                             (dict(splits=dict(train=0.9, test=0.9)), '1.8'), (dict(splits=dict(trian=['jump'])), 'trian'),
+                             (dict(), 'splits is not set')):
+        with pytest.raises(SystemExit, match=message):
+            data.load_splits(make_config(folder, **options))
+    with pytest.raises(SystemExit, match='no folder'):
+        data.load_splits(make_config(tmp_path / 'nowhere', splits=thirds))
+
+
+def test_prepare_makes_missing_data_once(tmp_path):
+    script = tmp_path / 'make.py'
+    script.write_text('import os, sys\nfor c in "ab": os.makedirs(f"{sys.argv[2]}/{c}/1"), '
+                      'open(f"{sys.argv[2]}/{c}/1/1.jpg", "w")\n')
+    config = make_config(tmp_path / 'made', splits=dict(train=['a'], val=['b']), prepare=str(script))
+    assert len(data.load_splits(config)['train'].videos) == 1 and os.listdir(tmp_path / 'made')
+    script.unlink()
+    data.load_splits(config)  # does not need the script again
+
+
+# ---- Clips
+
+def test_one_crop_and_one_flip_for_the_whole_clip():
+    """A still video stays still; another seed gives another crop."""
+    maker = data.ClipMaker(make_config('', augment='crop'), 32, 0)
+    still = np.repeat(picture(0)[None], 8, 0)
+    clips = [maker.crop(still, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8 for clip in clips)
+    assert all((clip == clip[:1]).all() for clip in clips)
+    assert len({clip.numpy().tobytes() for clip in clips}) == 20
+
+
+def test_flip_and_centre_crop():
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None], (8, 48, 1, 3))  # brighter to the right
+    maker = data.ClipMaker(make_config('', augment='crop'), 32, 0)
+
+    def rising(seeds):
+        clips = [maker.crop(ramp, np.random.default_rng(seed)) for seed in range(seeds)]
+        return sum((clip[..., -1] > clip[..., 0]).all().item() for clip in clips)
+
+    assert 70 < rising(200) < 130
+    maker.config['flip'] = False
+    assert rising(50) == 50
+    assert np.array_equal(maker.crop(ramp, None)[0, 0, 0], np.arange(16, 48))  # 32 of 48, nothing scaled
+    small = data.ClipMaker(dict(maker.config, resize=48), 48, 0)
+    assert np.array_equal(small.crop(ramp, None)[0].permute(1, 2, 0), ramp[0][:, 8:56])
+
+
+def test_cache_changes_nothing(kinds):
+    config = make_config('', cache_frames=16)
+    cached, plain = data.ClipMaker(config, 32, 10**9), data.ClipMaker(config, 32, 0)
+    for name in ('gops.mp4', 'five_frames.mp4', 'vp9.webm'):
+        for seed in (None, [1, 2], [1, 3], [1, 2]):
+            video = data.Video(kinds[name])
+            assert torch.equal(cached.clip(video, seed), plain.clip(video, seed))
+    assert len(cached.cache) == 6 and len(plain.cache) == 0
+    bounded = data.ClipMaker(config, 32, 200_000)
+    for name in kinds:
+        bounded.clip(data.Video(kinds[name]), [0])
+    assert 0 < sum(frames.nbytes for frames in bounded.cache.values()) <= 200_000
+
+
+def test_start_and_end_bound_the_clip(kinds):
+    maker = data.ClipMaker(make_config(''), 48, 0)
+    expected = sequential(kinds['gops.mp4'])[20:36]
+    assert np.array_equal(maker.frames(data.Video(kinds['gops.mp4'], 20, 36)), expected[data.sample_indices(16, 8)])
+    with pytest.raises(data.UnreadableVideo, match='begins at frame 80'):
+        maker.frames(data.Video(kinds['gops.mp4'], 80, 90))
+
+
+# ---- Workers
+
+def jobs_of(split, count, first=0):
+    return (np.stack([data.episode(split, 2, 2, 1, 0, 2 * k), data.episode(split, 2, 2, 1, 0, 2 * k + 1)])
+            for k in range(first, first + count))
+
+
+def read(config, folder, count=6, first=0, between=None):
+    """Training batches and the test clips, as (frames, indices)."""
+    split = data.load_splits(config)['train']
+    reader = data.ClipReader(config, 32)
+    try:
+        stream, train = reader.stream(split, jobs_of(split, count, first), True, first), []
+        for batch in stream:
+            train.append(batch)
+            if between:
+                between(reader)
+        test = list(reader.stream(split, [np.arange(7), np.arange(7, len(split.videos))], False))
+    finally:
+        reader.close()
+    return train, test, split
+
+
+@pytest.fixture(scope='session')
+def splits_option():
+    return dict(train=['Turn_Left', 'jump', 'Roll Over'])
+
+
+@pytest.fixture(scope='session')
+def in_process(folder, splits_option):
+    return read(make_config(folder, splits=splits_option, workers=0), folder)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) and np.array_equal(i, j) for (x, i), (y, j) in zip(a, b))
+
+
+def test_unreadable_videos_are_replaced_or_left_out(in_process, folder, splits_option, capsys):
+    train, test, split = in_process
+    broken = [i for i, video in enumerate(split.videos) if video.path.endswith('5.avi')]
+    asked = list(jobs_of(split, 6))
+    assert any(np.isin(job, broken).any() for job in asked)
+    for (frames, indices), job in zip(train, asked):
+        assert frames.shape == (2, 6, 8, 3, 32, 32) and indices.shape == job.shape
+        assert np.array_equal(split.labels[indices], split.labels[job]) and not np.isin(indices, broken).any()
+        assert all(len(set(row)) == 6 for row in indices.tolist())
+        assert np.array_equal(indices[~np.isin(job, broken)], job[~np.isin(job, broken)])
+    assert [indices.tolist() for _, indices in test] == [[i for i in range(7) if i not in broken],
+                                                         [i for i in range(7, 18) if i not in broken]]
+    assert all(len(frames) == len(indices) for frames, indices in test)
+    read(make_config(folder, splits=splits_option, workers=0), folder)
+    assert capsys.readouterr().err.count('5.avi') == 3  # one warning each
+    with pytest.raises(SystemExit, match='5.avi'):
+        read(make_config(folder, splits=splits_option, workers=0, strict=True), folder)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_batches_do_not_depend_on_the_workers(in_process, folder, splits_option, workers):
+    train, test, _ = read(make_config(folder, splits=splits_option, workers=workers), folder)
+    assert same(train, in_process[0]) and same(test, in_process[1])
+
+
+def test_a_stream_can_start_at_any_job(in_process, folder, splits_option):
+    train, _, _ = read(make_config(folder, splits=splits_option, workers=2), folder, 3, first=3)
+    assert same(train, in_process[0][3:])
+
+
+def test_killed_workers_are_replaced(in_process, folder, splits_option):
+    def kill(reader):
+        for worker in reader.workers:
+            if worker.process is not None:
+                os.kill(worker.process.pid, signal.SIGKILL)
+
+    train, test, _ = read(make_config(folder, splits=splits_option, workers=2), folder, between=kill)
+    assert same(train, in_process[0]) and same(test, in_process[1])
+
+
+def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, 'TIME_LIMIT', 1.5)
+    os.mkfifo(tmp_path / 'fifo.mp4')  # opening it for reading blocks for ever
+    videos = [data.Video(str(tmp_path / 'fifo.mp4')), *(data.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
+    split = data.Split('train', ['x'], videos, np.zeros(4, np.int64))
+    reader = data.ClipReader(make_config(folder, workers=1), 32)
+    next(reader.stream(split, [[1]], True))  # the process is up
+    started = time.monotonic()
+    (_, indices), = reader.stream(split, [[0, 1, 2]], True)
+    reader.close()
+    assert indices.tolist() == [3, 1, 2] and time.monotonic() - started < 20
+    assert 'fifo.mp4: not decoded within 1.5 s' in capsys.readouterr().err
+
+
+def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_option):
+    config = make_config(folder, splits=splits_option, workers=2)
+    split = data.load_splits(config)['train']
+    reader = data.ClipReader(config, 32)
+    stream = reader.stream(split, jobs_of(split, 6), True)
+    train = [next(stream), next(stream)]
+    next(reader.stream(split, jobs_of(split, 6), True))  # begun and dropped
+    test = list(reader.stream(split, [np.arange(7), np.arange(7, 18)], False))
+    train += stream
+    processes = [worker.process for worker in reader.workers]
+    reader.close()
+    assert same(train, in_process[0]) and same(test, in_process[1])
+    assert not any(process.is_alive() for process in processes)
