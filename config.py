@@ -120,12 +120,24 @@ def read_sample(path):
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         sys.exit(f'Cannot read the config {path}: {error}')
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'config' and isinstance(node.value, ast.Call):
-            try:
-                return {item.arg: ast.literal_eval(item.value) for item in node.value.keywords}
-            except ValueError as error:
-                sys.exit(f'{path}: only plain values (numbers, strings, lists, dicts) may stand in config = dict(...): {error}')
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'config' and is_dict_call(node.value):
+            return {item.arg: plain_value(item.value, path) for item in node.value.keywords}
     sys.exit(f'{path} has no `config = dict(...)`.')
+
+
+def is_dict_call(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == 'dict' and not node.args
+
+
+def plain_value(node, path):
+    """A syntax node -> its value: a literal, or dict(key=...) of literals."""
+    if is_dict_call(node):
+        return {item.arg: plain_value(item.value, path) for item in node.keywords}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        sys.exit(f'{path}, line {node.lineno}: only plain values (numbers, strings, lists, dicts) may stand in a config, '
+                 f'not {ast.unparse(node)}.')
 
 
 def set_option(config, key, value, folder, source):

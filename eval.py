@@ -69,7 +69,7 @@ def encode_prefix(model, split, reader, device, autocast):
     blocks = model.visual.transformer.resblocks[-len(model.levels):]
     xs, pooled, read = [], [], []
     for frames, indices in tqdm(reader.stream(split, jobs, train=False), f'encoding {split.name} videos', len(jobs),
-                                unit_scale=ENCODE_VIDEOS, unit='video', leave=False, mininterval=1):
+                                unit_scale=ENCODE_VIDEOS, unit='video', leave=False, disable=None):
         if not len(indices):  # none of these could be read
             continue
         with autocast:
@@ -146,7 +146,7 @@ def predict(scores, episodes, bytes_per_video, device, note=None):
     """
     batch = max(1, min(1000, GATHER_BYTES[torch.device(device).type] // max(1, bytes_per_video * episodes.shape[1])))
     parts = torch.from_numpy(episodes).to(device).split(batch)
-    parts = tqdm(parts, note, unit_scale=batch, unit='episode', leave=False, mininterval=1) if note else parts
+    parts = tqdm(parts, note, unit_scale=batch, unit='episode', leave=False, disable=None) if note else parts
     return torch.cat([scores(part).argmax(-1) for part in parts]).cpu().numpy()
 
 
