@@ -493,7 +493,7 @@ def byte_alphabet():
 class Tokenizer:
     """CLIP's byte-pair encoding. merges: its pairs of parts in order, or None for bytes alone (514 ids, the demo's CLIP)."""
 
-    words = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.I)
+    words = regex.compile(r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.I)
 
     def __init__(self, merges=None):
         self.alphabet = byte_alphabet()
