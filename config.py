@@ -18,6 +18,7 @@ DEFAULTS = dict(
     annotations=None,          # None: one folder per class in data_root; else list or JSON file(s), see README
     splits=None,               # dict(train=[class, ...], val=[...], test=[...]); fractions such as 0.6 draw classes by the seed
     prepare=None,              # a script of ours that makes the data when data_root does not exist
+    fetch='',                  # what to get and where to put it: said when the data is not there
     frames=8,                  # T, frames sampled per video
     resize=256,                # short side of a decoded frame; the crop is the backbone's image size
     test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
@@ -29,6 +30,7 @@ DEFAULTS = dict(
     cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
     cache_dir=None,            # a folder that keeps decoded frames between runs
     strict=False,              # stop at the first video that cannot be read instead of replacing it
+    sheet=None,                # data.py: write this PNG of training clips as the model sees them, instead of the check
     # model
     clip='ViT-B/32',           # CLIP weights: a name or a file
     act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
@@ -77,11 +79,11 @@ CHOICES = dict(
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
-TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, cache_dir=str, out_dir=str,
+TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, sheet=str, cache_dir=str, out_dir=str,
              ckpt=(str, list))  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes')
-PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'ckpt')
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
