@@ -439,7 +439,7 @@ class ClipReader:
         numbered, opened = enumerate(jobs, first), deque()
         try:
             while True:
-                while not opened or sum(job.indices.size for job in opened) < self.ahead:
+                while not opened or sum(job.indices.size for job in list(opened)[1:]) < self.ahead:
                     number, indices = next(numbered, (None, None))
                     if number is None:
                         break
