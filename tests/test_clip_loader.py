@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -209,13 +209,13 @@ def refused(path, message):
 @pytest.mark.parametrize('payload', [
     lambda mark: pickle.dumps(Evil(mark), 2),
     lambda mark: b'c__builtin__\neval\n(V__import__("os").mkdir("%s")\ntR.' % str(mark).encode(),
-    lambda mark: b'c__torch__\nposix.mkdir\n.',  # reaches nothing: an inert class
+    lambda mark: b'c__torch__\neval\n(V__import__("os").mkdir("%s")\ntR.' % str(mark).encode(),  # names an inert class
 ], ids=['reduce', 'eval', 'name'])
 def test_malicious_archive(state, tmp_path, payload):
     script(state, tmp_path / 'x.pt')
     content = payload(tmp_path / 'mark')
     rezip(tmp_path / 'x.pt', lambda name, old: content if name.endswith('/data.pkl') else old)
-    refused(tmp_path / 'x.pt', 'names|expected visual.conv1.weight')
+    refused(tmp_path / 'x.pt', 'damaged or not CLIP weights')
     assert not (tmp_path / 'mark').exists()
 
 
@@ -525,6 +525,7 @@ BYTES, BYTE_OF_ID = Tokenizer(), list(clip_loader.byte_alphabet())
 @settings(max_examples=300, deadline=None)
 @given(st.text())
 def test_byte_tokens_lose_nothing(text):
+    assume('oftext' not in text.lower())  # hypothesis picks the two special tokens from our sources
     ids = BYTES.encode(text)
     decoded = bytes(BYTE_OF_ID[i % 256] for i in ids).decode()
     assert decoded == ''.join(BYTES.words.findall(clip_loader.clean(text)))
