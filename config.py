@@ -71,6 +71,15 @@ DEFAULTS = dict(
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
     templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
+    # predict.py
+    support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
+    query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
+    top=1,                     # classes printed for each query, best first
+    json=False,                # print one JSON object a line instead
+    save_support=None,         # a file to keep the encoded examples in
+    window=0.0,                # seconds of a window that slides over each query; 0: one label for the whole clip
+    stride=1.0,                # seconds from one window to the next
+    csv=None,                  # a file for the scores of every window
 )
 
 CHOICES = dict(
@@ -80,10 +89,11 @@ CHOICES = dict(
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
 TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, sheet=str, cache_dir=str, out_dir=str,
-             ckpt=(str, list))  # besides None
+             ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
-            'val_episodes', 'log_interval', 'test_queries', 'test_episodes')
-PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt')
+            'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
+         'save_support', 'csv')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
