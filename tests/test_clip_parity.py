@@ -164,7 +164,7 @@ def hard_strings():
     """A few hundred: hand-picked ones, and random strings over characters that tokenizers trip over."""
     picked = [
         '', ' ', 'a photo of a cat.', "it's we'll I'D they're he'd can't 's 'S ''s", 't\tn\nl\r\n\u00a0\u2003\u3000nbsp',
-        '&lt;b&gt; &amp;amp; &eacute; &#39;', '<|end|>', 'a_b-c/d\\e|f~g`h^i',
+        '&lt;b&gt; &amp;amp; &eacute; &#39;', '<|end|>', '<i> &amp;amp;lt; &amp;lt;', 'a_b-c/d\\e|f~g`h^i',
         '123 4.5 1,000 ½ ² ① Ⅷ ٣', 'Ünïcödé ÀÉÎ ẞ ß İ ı ǅ ﬁ', '你好,世界 日本語 한국어 ไทย हिन्दी العربية', 'ſ K Å ſ\'ſ',
         '👍🏽 👨\u200d👩\u200d👧 🇩🇪 ☃\ufe0f \ufe0f\u200d', 'a\u0301e\u0308 \u0345 \u0345a Í\x85', '𝒜𝓁𝓅𝒽𝒶 𐍈',
         'sÃ¼ÃŸ â€œquotesâ€\x9d', '\x00\x01\x1c\x1d\x1e\x1f\x7f\x80\x9f', '\ufffd \ufeffbom \u202eright', '...!!!???---',
