@@ -29,6 +29,7 @@ DEFAULTS = dict(
     cache_frames=32,           # evenly spaced frames of a video kept for training to choose from (TSN within each part)
     cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
     cache_dir=None,            # a folder that keeps decoded frames between runs
+    lower=False,               # where classes are few or small, lower way, shot and queries instead of stopping
     strict=False,              # stop at the first video that cannot be read instead of replacing it
     sheet=None,                # data.py: write this PNG of training clips as the model sees them, instead of the check
     # model
