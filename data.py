@@ -1,48 +1,37 @@
-"""From videos on disk to episodes of frames. In reading order:
+"""From annotation lists to episodes. In reading order:
 
-    Video, Split, load_splits          which videos there are, their classes, and which classes train, validate and test
-    episode                            the N-way K-shot sampler
-    sample_indices, read_frames        which frames of a video, and those frames exactly, whatever the container
-    ClipMaker                          one video -> one clip: decoding, its cache, crop and flip
-    ClipReader, Worker, work           many clips at once, in processes that may crash without harm
+    Split, load_splits                 which videos there are, their classes, and which classes train, validate and test
+    read_list, finder                  the lists that people have, and the files that they mean
+    episode, fit_episode               the N-way K-shot sampler
+    check, contact_sheet               what this file does as a script, before you train:
+
+    python data.py sample_configs/diving48.py [--key=value ...]
+
+decode.py turns a video into frames, reader.py turns episodes of videos into batches of clips.
 """
 
 import difflib
-import multiprocessing
+import json
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import zlib
-from collections import deque
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
-from multiprocessing import connection, forkserver
-from typing import NamedTuple
 
 import av
 import numpy as np
-import torch
-import torch.nn.functional as F
-from av.video.reformatter import VideoReformatter
 
-VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv')
-IMAGES = ('.jpg', '.jpeg', '.png')
-TIME_LIMIT = 60  # seconds that one video may take before its worker is killed and the video counts as unreadable
+from decode import IMAGES, VIDEOS, Video, stamp
+from reader import ClipReader
+
+SPLITS = ('train', 'val', 'test')
 
 
 # ---- Which videos there are
-
-class Video(NamedTuple):
-    """A file or a folder of numbered images. The clip is frames start .. end - 1; None: from the first, to the last."""
-    path: str
-    start: int | None = None
-    end: int | None = None
-
 
 @dataclass(frozen=True)
 class Split:
@@ -59,29 +48,66 @@ class Split:
 
 
 def load_splits(config):
-    """The configuration -> dict(train=Split, val=Split, test=Split). Stops with one sentence where the data does not fit."""
-    prepare(config)
-    videos = list_folders(config['data_root'])  # [(class name, Video), ...]
-    if not videos:
-        sys.exit(f'{config["data_root"]} holds no videos: expected a folder per class with videos or folders of images in it.')
-    by_class = {}
-    for name, video in sorted(videos, key=lambda item: item[1].path):
-        by_class.setdefault(plain(name), []).append((name, video))
-    return {split: make_split(split, names, by_class) for split, names in split_classes(config, by_class).items()}
+    """The configuration -> dict(train=Split, val=Split, test=Split). Stops with one sentence where the data does not fit.
+
+    Videos that are listed but not on the disk, or that the check found unreadable, are left out and counted.
+    """
+    verdicts, splits = read_verdicts(config), {}
+    for name, (classes, listed) in list_videos(config).items():
+        there = [(label, video) for label, _, video in listed if video is not None]
+        good = [(label, video) for label, video in there if not (verdicts and verdicts.get(stamp(video), [None])[-1])]
+        if len(good) < len(listed):
+            print(f'Split {name}: {len(listed)} videos listed, {len(listed) - len(there)} missing, {len(there) - len(good)} '
+                  f'unreadable, {len(good)} used.', flush=True)
+        empty = set(range(len(classes))) - {label for label, _ in good}
+        if empty:
+            sys.exit(f'Class {classes[min(empty)]!r} of split {name} has no video: all that are listed are missing in '
+                     f'{config["data_root"]} or unreadable.')
+        splits[name] = Split(name, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+    return splits
+
+
+def list_videos(config):
+    """-> for each split its classes and [(label, name in the list, Video, or None where it is not on the disk), ...]."""
+    root = config['data_root'].rstrip('/')
+    if not os.path.isdir(root):
+        prepare(config)
+    if config['annotations'] is None:
+        rows = [(folder, video.path[len(root) + 1:], video) for folder, video in list_folders(root)]
+        names = {}
+        if not rows:
+            sys.exit(f'{root} holds no videos: expected a folder per class of videos or folders of images.\n{config["fetch"]}')
+    else:
+        rows, names = read_annotations(config)
+    rows = {(plain(row[0]), row[2] or row[1]): row for row in rows}  # a video once, however many lists name it
+    by_class = {}  # plain name -> [(name, name in the list, Video or None), ...]
+    for row in sorted(rows.values(), key=lambda row: row[1]):
+        by_class.setdefault(plain(row[0]), []).append(row)
+    return {split: (*gather(split, classes, by_class, names),) for split, classes in split_classes(config, by_class).items()}
+
+
+def gather(split, classes, by_class, names):
+    """The classes' names, and their videos, class by class, sorted by name."""
+    listed = []
+    for label, name in enumerate(classes):
+        if plain(name) not in by_class:
+            near = [by_class[key][0][0] for key in difflib.get_close_matches(plain(name), by_class, 3, 0.5)]
+            sys.exit(f'Class {name!r} of split {split} has no video; ' + (f'near names: {", ".join(map(repr, near))}.' if near
+                     else f'the data has {len(by_class)} classes, such as {next(iter(by_class.values()))[0][0]!r}.'))
+        listed += [(label, *row[1:]) for row in by_class[plain(name)]]
+    return [f'{name} {names[name]}' if name in names else str(name) for name in classes], listed
 
 
 def prepare(config):
-    """Makes the data where it is missing and the config names a script for it (the demo), whole or not at all."""
-    root = config['data_root']
-    if os.path.isdir(root):
-        return
-    if not config['prepare']:
-        sys.exit(f'There is no folder {root}: set data_root to where the videos of {config["dataset"] or "the dataset"} are.')
-    print(f'{root} is not there: running {config["prepare"]} to make it.', flush=True)
-    part = root.rstrip('/') + '.part'
+    """Makes the data where the config names a script for it (the demo), whole or not at all; else says what to fetch."""
+    root, script = config['data_root'].rstrip('/'), config['prepare']
+    if not script:
+        sys.exit(f'There is no folder {root}.\n' + (config['fetch'] or 'Set data_root to the folder that holds the videos.'))
+    print(f'{root} is not there: running {script} to make it.', flush=True)
+    part = root + '.part'
     shutil.rmtree(part, ignore_errors=True)
-    if subprocess.run([sys.executable, config['prepare'], '--out', part]).returncode:
-        sys.exit(f'{config["prepare"]} failed, so there is no data in {root}: see its message above.')
+    if subprocess.run([sys.executable, script, '--out', part]).returncode:
+        sys.exit(f'{script} failed, so there is no data in {root}: see its message above.')
     os.replace(part, root)
 
 
@@ -103,47 +129,163 @@ def plain(name):
 
 
 def split_classes(config, by_class):
-    """-> dict(train=[class name, ...], val=..., test=...), from lists, from fractions, or from folders of these names."""
+    """-> dict(train=[class, ...], val=..., test=...), from lists, from fractions, or from folders of these names."""
     splits = config['splits']
     if splits is None:
-        root = os.path.join(config['data_root'], '')
-        splits = {split: [items[0][0] for items in by_class.values() if items[0][1].path.startswith(root + split + os.sep)]
-                  for split in ('train', 'val', 'test')}
+        splits = {split: [rows[0][0] for rows in by_class.values() if rows[0][1].startswith(split + '/')] for split in SPLITS}
         if not splits['train']:
             sys.exit('splits is not set: name the classes, splits=dict(train=[...], val=[...], test=[...]), or give fractions, '
                      'splits=dict(train=0.6, val=0.2, test=0.2).')
-    wrong = set(splits) - {'train', 'val', 'test'}
-    if wrong:
-        sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, wrong)))}.')
+    if set(splits) - set(SPLITS):
+        sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, set(splits) - set(SPLITS))))}.')
     if any(isinstance(part, float) for part in splits.values()):
         names = [by_class[key][0][0] for key in sorted(by_class)]
         random.Random(config['seed']).shuffle(names)
-        ends = np.cumsum([splits.get(split, 0) for split in ('train', 'val', 'test')])
+        ends = np.cumsum([0] + [splits.get(split, 0) for split in SPLITS])
         if ends[-1] > 1 + 1e-9:
             sys.exit(f'splits: the fractions add up to {ends[-1]:g}, more than 1.')
-        ends = [0, *np.round(ends * len(names)).astype(int)]
-        splits = {split: sorted(names[a:b]) for split, a, b in zip(('train', 'val', 'test'), ends, ends[1:])}
+        ends = np.round(ends * len(names)).astype(int)
+        splits = {split: sorted(names[a:b]) for split, a, b in zip(SPLITS, ends, ends[1:])}
     seen = {}
     for split, names in splits.items():
         for name in names:
             if plain(name) in seen:
                 sys.exit(f'splits: class {name!r} stands in {seen[plain(name)]} and in {split}.')
             seen[plain(name)] = split
-    return {split: splits.get(split, []) for split in ('train', 'val', 'test')}
+    return {split: splits.get(split, []) for split in SPLITS}
 
 
-def make_split(split, names, by_class):
-    """Split `split` of the classes `names`, in their order, each class's videos sorted by path."""
-    videos, labels = [], []
-    for label, name in enumerate(names):
-        if plain(name) not in by_class:
-            near = [by_class[key][0][0] for key in difflib.get_close_matches(plain(name), by_class, 3, 0.5)]
-            sys.exit(f'Class {name!r} of split {split} has no video; ' + (f'near names: {", ".join(map(repr, near))}.' if near
-                     else f'the data has {len(by_class)} classes, such as {next(iter(by_class.values()))[0][0]!r}.'))
-        found = [video for _, video in by_class[plain(name)]]
-        videos += found
-        labels += [label] * len(found)
-    return Split(split, [str(name) for name in names], videos, np.array(labels, np.int64))
+# ---- The lists that people have
+
+# Dialects of text lists, the first that fits every line: kind, and what a line looks like.
+DIALECTS = [(kind, re.compile(pattern)) for kind, pattern in (
+    ('FineGym categories', r'Clabel:\s*(?P<number>\d+);.*?\) (?P<name>.+)'),
+    ('list of split and class number', r'(?P<split>train|val|test)(?P<index>\d+)//?(?P<path>.+)'),
+    ('list of path, tab, class', r'(?P<path>[^\t]+)\t\s*(?P<label>[^\t]+)'),
+    ('list of path, comma, class', r'(?P<path>[^,]+),\s*(?P<label>[^/]+)'),
+    ('list of path, space, class', r'(?P<path>.*\S)\s+(?P<label>[^/\s]+)(?<!' + ')(?<!'.join(map(re.escape, VIDEOS)) + ')'),
+    ('list of class/video', r'(?P<path>(?:.*/)?(?P<label>[^/]+)/[^/]+)'),
+)]
+
+
+def read_list(path):
+    """A list -> what kind it is, rows [(label, path, start, end), ...], and class names {number: name} if it holds these.
+
+    A label is a class name, a number (int), or (split, index in that split's list of classes).
+    """
+    try:
+        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+            text = file.read()
+        if text.lstrip()[:1] in ('[', '{'):
+            return read_json(json.loads(text))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sys.exit(f'Cannot read the annotations {path}: {type(error).__name__}: {error}')
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and re.fullmatch(r'(video|path|file)\w*[\s,]+(label|class)\w*', lines[0].lower()):
+        lines = lines[1:]
+    for kind, pattern in DIALECTS:
+        matches = [match.groupdict() for match in map(pattern.fullmatch, lines) if match]
+        if not matches or len(matches) < len(lines):
+            continue
+        if 'number' in matches[0]:
+            return kind, [], {int(match['number']): match['name'] for match in matches}
+        numbers = [match['path'] for match in matches]
+        if numbers[0] in '01' and numbers == [str(int(numbers[0]) + i) for i in range(len(numbers))]:
+            return 'list of class names', [], {int(match['path']): match['label'] for match in matches}
+        hmdb = re.fullmatch(r'(.+)_test_split\d+\.txt', os.path.basename(path))  # one file a class; 1 and 2 are train and test
+        if hmdb:
+            return 'HMDB51 split', [(hmdb[1], match['path'], None, None) for match in matches], {}
+        return kind, [((match['split'], int(match['index'])) if 'split' in match else
+                       int(match['label']) if match['label'].isdigit() else match['label'], match['path'], None, None)
+                      for match in matches], {}
+    wrong = next((line for line in lines if not DIALECTS[-1][1].fullmatch(line)), '')
+    sys.exit(f'{path} is in none of the known formats (see README); a line that does not fit: {wrong[:80]!r}.')
+
+
+def read_json(items):
+    """Diving48's and Something-Something's JSON, as read_list."""
+    if isinstance(items, dict):
+        return 'class names', [], {int(number): name for name, number in items.items()}
+    if isinstance(items[0], list):
+        return 'Diving48 vocabulary', [], {number: ' '.join(words) for number, words in enumerate(items)}
+    if 'vid_name' in items[0]:
+        rows = [(item['label'], item['vid_name'], item['start_frame'], item['end_frame']) for item in items]
+        return 'Diving48 JSON', rows, {}
+    if 'template' not in items[0]:
+        raise ValueError('its entries have no label (no "template" or "vid_name")')
+    return 'Something-Something JSON', [(re.sub(r'[\[\]]', '', item['template']), item['id'], None, None) for item in items], {}
+
+
+def read_annotations(config):
+    """-> rows [(class name or number, name in the list, Video or None), ...] of all lists, and class names {number: name}."""
+    paths = config['annotations'] if isinstance(config['annotations'], list) else [config['annotations']]
+    if not all(map(os.path.exists, paths)):
+        sys.exit(f'There is no {next(path for path in paths if not os.path.exists(path))}.\n{config["fetch"]}')
+    listed, names = [], {}
+    for path in paths:
+        files = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else [path]
+        for file in files:
+            kind, rows, some = read_list(file)
+            if len(files) < 9:
+                print(f'{file}: {kind}, {len(rows)} videos' if rows else f'{file}: {kind}', flush=True)
+            listed += rows
+            names.update(some)
+    find, splits = finder(config['data_root'].rstrip('/')), config['splits'] or {}
+    wanted = {plain(name) for part in splits.values() if isinstance(part, list) for name in part}
+    rows, unknown = [], []
+    for label, name, start, end in listed:
+        if isinstance(label, tuple):
+            split, index = label
+            if not isinstance(splits.get(split), list) or index >= len(splits[split]):
+                sys.exit(f'{name} is of class {index} of split {split}, but splits names '
+                         f'{len(splits[split]) if isinstance(splits.get(split), list) else "no"} classes there.')
+            label = splits[split][index]
+        path = find(name, label)
+        if isinstance(label, int) and plain(label) not in wanted:  # a number where splits holds names
+            folder = os.path.basename(os.path.dirname(path or name))
+            label = names.get(label) or (folder if plain(folder) in wanted else None if wanted else label)
+        if label is None:
+            unknown.append(name)
+        else:
+            rows.append((label, name, path and Video(path, start, end)))
+    if unknown and not rows:
+        sys.exit(f'{unknown[0]}: its list gives a number for the class and no list gives names: add one, such as classInd.txt.')
+    return rows, names
+
+
+def finder(root):
+    """-> function (name in a list, class) -> path on the disk or None.
+
+    With or without extension or folders before it; where several fit, the one in the class's folder. Kinetics clips are found
+    with or without the times in their names.
+    """
+    by_name, by_stem = {}, {}
+    for _, video in list_folders(root):
+        name = bare(video.path[len(root) + 1:])
+        by_name[name] = video.path
+        for stem in {os.path.basename(name), timeless(os.path.basename(name))}:
+            by_stem.setdefault(stem, []).append(video.path)
+
+    def find(name, label):
+        name = bare(name)
+        stem = os.path.basename(name)
+        found = by_name.get(name) or by_stem.get(stem) or by_stem.get(timeless(stem))
+        if isinstance(found, list):
+            folders = plain(label), plain(os.path.basename(os.path.dirname(name)))
+            return min(found, key=lambda path: (plain(os.path.basename(os.path.dirname(path))) not in folders, path))
+        return found
+
+    return find
+
+
+def bare(name):
+    """A path without its extension, if that is a video's."""
+    return os.path.splitext(name)[0] if name.lower().endswith(VIDEOS) else name
+
+
+def timeless(stem):
+    """A Kinetics clip's YouTube id."""
+    return re.sub(r'(?<=^.{11})_\d{6}_\d{6}$', '', stem)
 
 
 # ---- Episodes
@@ -166,479 +308,131 @@ def episode(split, way, shot, queries, seed, number):
     return np.concatenate([drawn[:, :shot].ravel(), drawn[:, shot:].ravel()])
 
 
-# ---- Frames
+def fit_episode(config, split, way, shot, queries):
+    """-> (way, shot, queries), lowered to what the split's classes hold where the configuration says `lower`, and says so."""
+    smallest = min(map(len, split.members), default=0)
+    if not config['lower'] or (way <= len(split.classes) and shot + queries <= smallest):
+        return way, shot, queries
+    asked, way, shot = (way, shot, queries), min(way, len(split.classes)), max(1, min(shot, smallest - 1))
+    queries = min(queries, smallest - shot)
+    if way < 2 or queries < 1:
+        sys.exit(f'Split {split.name} is too small for any episode: it has {len(split.classes)} classes of {smallest} or more '
+                 'videos, and needs 2 classes of 2.')
+    print(f'Split {split.name} has {len(split.classes)} classes, the smallest of {smallest} videos: episodes are {way}-way '
+          f'{shot}-shot with {queries} queries a class instead of {asked[0]}-way {asked[1]}-shot with {asked[2]}.', flush=True)
+    return way, shot, queries
 
-def sample_indices(n, frames, rng=None):
-    """TSN: n frames in `frames` equal parts, one frame of each -> (frames,) int64, sorted. n < frames repeats indices.
 
-    rng None takes each part's middle, a numpy Generator a random frame of each.
+# ---- Before you train
+
+def verdict_file(config):
+    """Beside the videos or in cache_dir, so that training and testing find it."""
+    cache = config['cache_dir']
+    return os.path.join(cache, 'checked.jsonl') if cache else config['data_root'].rstrip('/') + '.checked.jsonl'
+
+
+def read_verdicts(config):
+    """Earlier checks -> {stamp of a video: (number of frames, what is wrong though it can be read, why it cannot be read)}."""
+    verdicts = {}
+    if os.path.exists(verdict_file(config)):
+        with open(verdict_file(config), encoding='ascii') as file:
+            for line in file:
+                if line.endswith('\n'):  # the last one may be half
+                    key, *verdict = json.loads(line)
+                    verdicts[tuple(key)] = verdict
+    return verdicts
+
+
+def check(config):
+    """Finds and opens every video of the splits, on all cores, and prints what is missing, unreadable or too short.
+
+    Verdicts are kept as they come: a second run opens only what is new. Stops with status 1 if no model can be trained.
     """
-    edges = np.arange(frames + 1) * n // frames
-    low, high = edges[:-1], np.maximum(edges[:-1] + 1, edges[1:])
-    return (low + high) // 2 if rng is None else rng.integers(low, high)
-
-
-class UnreadableVideo(Exception):
-    """Its message names the path and says what is wrong."""
-
-
-def read_frames(path, pick, short_side):
-    """Frames of a video file or a folder of images -> uint8 (len(indices), h, w, 3), RGB, the right way up.
-
-    pick: function from the number n of frames to sorted indices (repeats allowed). The short side becomes `short_side` unless
-    it is smaller already. Exact: frame i is the i-th frame that decoding everything in order yields.
-    Raises UnreadableVideo. What decodes of a damaged file is used.
-    """
+    from tqdm import tqdm
+    listing, verdicts = list_videos(config), read_verdicts(config)
+    found = {video: stamp(video) for _, listed in listing.values() for _, _, video in listed if video}
+    todo = [video for video, key in found.items() if key not in verdicts]
+    reader = ClipReader(dict(config, workers=max(config['workers'], os.cpu_count())), 1)
     try:
-        if os.path.isdir(path):
-            names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGES)), key=number_in)
-            indices = list(pick(len(names))) if names else []
-            pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
-        else:
-            with av.open(f'file:{path}', metadata_errors='ignore') as container:
-                pictures, indices = decode(container, pick, short_side)
-        if not pictures:
-            raise ValueError('no frame could be decoded')
-        return np.stack([pictures[i] for i in indices])
-    except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
-        raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error
-
-
-def number_in(name):
-    """Sorts frame2.jpg before frame10.jpg."""
-    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
-
-
-def read_image(path, short_side):
-    """One image file -> uint8 (h, w, 3)."""
-    with open(path, 'rb') as file:
-        return decode_image(file.read(), short_side)
-
-
-def decode_image(data, short_side):
-    """The bytes of a JPEG or PNG -> uint8 (h, w, 3)."""
-    codec = av.CodecContext.create('png' if data[:4] == b'\x89PNG' else 'mjpeg', 'r')
-    codec.thread_count = 1
-    frames = codec.decode(av.Packet(data)) + codec.decode(None)
-    return Converter(short_side)(frames[0])
-
-
-class Converter:
-    """Decoded frames -> uint8 (h, w, 3), all of the size that the first one gets. One thread: swscale's own choice is slow."""
-
-    def __init__(self, short_side):
-        self.short_side, self.size, self.reformatter = short_side, None, VideoReformatter()
-
-    def __call__(self, frame):
-        if self.size is None:
-            scale = min(1, self.short_side / min(frame.width, frame.height))
-            self.size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        picture = self.reformatter.reformat(frame, *self.size, 'rgb24', interpolation='BILINEAR', threads=1).to_ndarray()
-        return np.rot90(picture, frame.rotation // 90)
-
-
-def decode(container, pick, short_side):
-    """An open container -> {index: picture}, indices. All packets first: their number is n, headers are not to be trusted."""
-    stream = container.streams.best('video')
-    if stream is None:
-        raise ValueError('no video stream')
-    codec, convert, packets = stream.codec_context, Converter(short_side), []
-    codec.thread_count = 1  # workers fill the cores
-    try:
-        packets.extend(packet for packet in container.demux(stream) if packet.size)
-    except av.FFmpegError:
-        pass  # cut short: what came before is used
-    shown = [packet for packet in packets if not packet.is_discard]
-    indices = list(pick(len(shown))) if shown else []
-    pts = sorted(packet.pts for packet in shown if packet.pts is not None)
-    if (codec.name in ('h264', 'hevc') and container.format.name != 'avi'  # avi has no pts, what it shows is made up
-            and len(set(pts)) == len(packets) and not any(packet.is_corrupt for packet in packets)):
-        pictures = decode_some(codec, packets, [pts[i] for i in dict.fromkeys(indices)], convert)
-        if pictures is not None:
-            return {i: pictures[pts[i]] for i in indices}, indices
-        codec.flush_buffers()
-    pictures, count, fed = decode_in_order(codec, packets, indices, convert)
-    if count != fed:  # not a frame for each packet: count all frames, then choose again
-        codec.flush_buffers()
-        count = decode_in_order(codec, packets, None, convert)[1]
-        codec.flush_buffers()
-        indices = list(pick(count)) if count else []
-        pictures = decode_in_order(codec, packets, indices, convert)[0]
-    return pictures, indices
-
-
-def decode_some(codec, packets, wanted, convert):
-    """The frames with the pts in `wanted` (sorted) -> {pts: picture}; None if one does not come out whole.
-
-    Decodes no group of pictures without a wanted frame, and no frame that is neither wanted nor referred to.
-    """
-    place = {packet.pts: i for i, packet in enumerate(packets)}
-    keys = [(packet.pts, i) for i, packet in enumerate(packets) if packet.is_keyframe]
-    targets, pictures, latest, position = set(wanted), {}, -float('inf'), 0
-    # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
-    skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
-
-    def take(frames):
-        nonlocal latest
-        for frame in frames:
-            if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
-                raise ValueError('frames are damaged or out of order')
-            latest = frame.pts
-            if latest in targets:
-                pictures[latest] = convert(frame)
-
-    try:
-        for pts in wanted:
-            start = max((i for key, i in keys if key <= pts), default=0)
-            if start > position:  # on to a later group of pictures
-                take(codec.decode(None))
-                codec.flush_buffers()
-                position = start
-            for packet in packets[position:place[pts] + 1]:
-                codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
-                take(codec.decode(packet))
-            position = max(position, place[pts] + 1)
-        take(codec.decode(None))
-    except (av.FFmpegError, ValueError):
-        return None
+        with open(verdict_file(config), 'a', encoding='ascii') as file:
+            for video, *verdict in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
+                verdicts[found[video]] = verdict
+                file.write(json.dumps([found[video], *verdict]) + '\n')
+                file.flush()
     finally:
-        codec.skip_frame = 'DEFAULT'
-    return pictures if len(pictures) == len(targets) else None
+        reader.close()
 
+    print(f'split    classes  listed   found missing unreadable damaged  below {config["frames"]} frames')
+    bad, splits = [], {}
+    for split, (classes, listed) in listing.items():
+        counts, good = dict(missing=0, unreadable=0, damaged=0, short=0), []
+        for label, name, video in listed:
+            frames, note, problem = verdicts[found[video]] if video else (0, None, 'missing')
+            counts['missing'] += video is None
+            counts['unreadable'] += video is not None and problem is not None
+            counts['damaged'] += note is not None
+            counts['short'] += problem is None and frames < config['frames']
+            if problem or note:
+                bad.append(f'{split}\t{classes[label]}\t{video.path if video else name}\t{problem or note}')
+            if not problem:
+                good.append((label, video))
+        print(f'{split:8}{len(classes):8}{len(listed):8}{len(listed) - counts["missing"]:8}{counts["missing"]:8}'
+              f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
+        splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+    report = os.path.join(config['out_dir'], 'check.txt')
+    os.makedirs(config['out_dir'], exist_ok=True)
+    with open(report, 'w', encoding='utf-8', errors='surrogateescape') as file:
+        file.writelines(line + '\n' for line in bad)
+    for line in bad[:5]:
+        print('  ' + line.replace('\t', '  '))
+    if bad:
+        print(f'All {len(bad)} of them, one a line: {report}')
 
-def decode_in_order(codec, packets, wanted, convert):
-    """The frames `wanted` (None: only count), counted as they come out, whatever their pts -> {index: picture}, the frames that
-    came out of the packets that went in, and how many these were: it stops at the last wanted one."""
-    pictures, count, fed, last = {}, 0, 0, float('inf') if wanted is None else max(wanted, default=-1)
-    targets = set(wanted or [])
-    for packet in [*packets, None]:
-        if packet is not None and count > last:
-            continue  # on to the end: the decoder still holds frames
-        fed += packet is not None
+    way, shot, queries = config['way'], config['shot'], config['queries']
+    needs = dict(train=(way, shot, queries), val=(way, 1, config['test_queries']),
+                 test=(way, max(config['test_shots']), config['test_queries']))
+    stop = None
+    for split, (way, shot, queries) in needs.items():
+        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
+               if len(found) < shot + queries]
+        if few:
+            print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
+                  f'{", ".join(few[:10])}{", ..." if len(few) > 10 else ""}')
+        if split == 'val':
+            way = min(way, len(splits[split].classes))
         try:
-            for frame in codec.decode(packet):
-                if count in targets:
-                    pictures[count] = convert(frame)
-                count += 1
-        except av.FFmpegError:
-            pass  # a damaged packet
-    return pictures, count, fed
+            episode(splits[split], *fit_episode(config, splits[split], way, shot, queries), config['seed'], 0)
+        except SystemExit as error:
+            print(f'{split}: {error}')
+            stop = stop or (str(error) if split != 'test' else None)
+    if stop:
+        sys.exit(f'{config["dataset"] or "This"} cannot be trained: {stop}')
+    print(f'{config["dataset"] or "This"} can be trained.')
 
 
-# ---- Clips
-
-class ClipMaker:
-    """Turns one video into one clip, and keeps decoded frames in at most `room` bytes so that they are not decoded again.
-
-    Of a training video `cache_frames` evenly spaced frames are kept (all, if it has no more), and TSN draws among those of each
-    part; a draw is the same whether the frames were kept or not. Of a test video the T test frames are kept.
-    What is kept stays: under uniform sampling a full cache serves its share of the videos, where eviction would only churn.
-    """
-
-    def __init__(self, config, image_size, room):
-        self.config, self.image_size, self.room, self.cache = config, image_size, room, {}
-
-    def clip(self, video, seed):
-        """Video, seed (a list of ints for a training clip; None: middle frames, centre crop) -> uint8 (T, 3, H, W)."""
-        if seed is None:
-            return self.crop(self.frames(video), None)
-        return self.crop(self.frames(video, [*seed, 0]), np.random.default_rng([*seed, 1]))
-
-    def frames(self, video, seed=None):
-        """(T, h, w, 3): TSN frames, in training random ones by the seed."""
-        config = self.config
-        number = config['frames']
-
-        def choose(n):
-            if seed is not None:
-                return sample_indices(n, number, np.random.default_rng(seed))
-            random_test = config['test_sampling'] == 'random'  # one fixed draw for a video, so that features can be kept
-            return sample_indices(n, number, np.random.default_rng([config['seed'], crc(video)]) if random_test else None)
-
-        def candidates(n):
-            most = max(config['cache_frames'], number)
-            return np.arange(n) if seed is None or n <= most else sample_indices(n, most)
-
-        def pick(n, drawn=True):
-            first, end = video.start or 0, min(n, video.end or n)
-            if first >= end:
-                raise ValueError(f'its clip begins at frame {first} and ends at {video.end}, but it has {n} frames')
-            kept = candidates(end - first)
-            return first + (kept[choose(len(kept))] if drawn else kept)
-
-        if self.room <= 0:
-            return read_frames(video.path, pick, config['resize'])
-        key = (*video, seed is None)
-        kept = self.cache.get(key)
-        if kept is None:
-            kept = read_frames(video.path, lambda n: pick(n, drawn=seed is None), config['resize'])
-            self.room -= kept.nbytes
-            if self.room >= 0:
-                self.cache[key] = kept
-        return kept if seed is None else kept[choose(len(kept))]
-
-    def crop(self, frames, rng):
-        """(T, h, w, 3) -> (T, 3, H, W): in training one random crop and one decision to flip for the whole clip.
-
-        The crop covers 0.5 to 1 of the area at an aspect of 3/4 to 4/3: gentler than ImageNet's 0.08, near the field's 224/256.
-        Otherwise the centre: image_size of `resize`, as if the short side were `resize`, so that nothing is scaled twice.
-        """
-        size, (height, width) = self.image_size, frames.shape[1:3]
-        if rng is None or self.config['augment'] == 'none':
-            h = w = max(1, round(min(height, width) * min(1, size / self.config['resize'])))
-            top, left = (height - h) // 2, (width - w) // 2
-        else:
-            area, aspect = height * width * rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-            h = int(np.clip(round((area / aspect) ** 0.5), 1, height))
-            w = int(np.clip(round((area * aspect) ** 0.5), 1, width))
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-        clip = torch.from_numpy(frames[:, top:top + h, left:left + w]).permute(0, 3, 1, 2)
-        if (h, w) != (size, size):
-            clip = F.interpolate(clip, (size, size), mode='bilinear', antialias=True)
-        return clip.flip(3) if rng is not None and self.config['flip'] and rng.random() < 0.5 else clip
+def contact_sheet(config, path):
+    """Writes a PNG of training clips as the model sees them, one a row."""
+    split = load_splits(config)['train']
+    size = min(224, config['resize'])
+    reader = ClipReader(config, size)
+    try:
+        jobs = [episode(split, *fit_episode(config, split, config['way'], 1, 1), config['seed'], number) for number in range(1)]
+        frames, indices = next(reader.stream(split, jobs, True))
+    finally:
+        reader.close()
+    rows = frames.permute(0, 3, 1, 4, 2).reshape(len(frames) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
+    codec = av.CodecContext.create('png', 'w')
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *rows.shape[:2], 'rgb24', Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(rows, 'rgb24')
+    with open(path, 'wb') as file:
+        file.write(b''.join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
+    print(f'{path}: a clip a row, ' + ', '.join(split.classes[split.labels[i]] for i in indices))
 
 
-def crc(video):
-    """The same number for the same path in every process, which hash() is not."""
-    return zlib.crc32(os.fsencode(video.path))
-
-
-# ---- Many clips at once
-
-class ClipReader:
-    """Reads clips in `workers` processes (0: in this one) and hands them over in order.
-
-    A video always goes to the same worker, so each worker's cache is its own and nothing is decoded twice. A worker that
-    crashes or exceeds TIME_LIMIT on a video is replaced, the video counts as unreadable, and the run goes on.
-    """
-
-    def __init__(self, config, image_size):
-        self.config = config
-        self.shape = (config['frames'], 3, image_size, image_size)
-        self.bad = {}  # path -> why it cannot be read
-        self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
-        count, room = config['workers'], config['cache_gb'] * 1e9
-        slots = int(np.clip(256e6 // (np.prod(self.shape) * max(count, 1)), 4, 64))  # clips a worker may be ahead
-        self.maker = None if count else ClipMaker(config, image_size, room)
-        # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker
-        context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['torch', 'av', 'data'])
-        if count:
-            forkserver.ensure_running()  # it imports while the caller goes on
-        self.workers = [Worker(context, slots, self.shape, (config, image_size, room / count)) for _ in range(count)]
-        self.ahead = count * slots
-
-    def stream(self, split, jobs, train, first=0):
-        """Yields (frames uint8 (n, T, 3, H, W), indices int64 (n,)) for each job, an array of indices into split.videos.
-
-        A job may have any shape (..., n), which the frames then have too; its rows are episodes. train: random frames, crop and
-        flip by (seed, job number from `first` on, place in the job) alone; an unreadable video is replaced by another of its
-        class that is not in its episode, and indices say which. Not train: test frames and centre crop; jobs have one axis, and
-        unreadable videos are missing from frames and indices. Either way each unreadable video is warned of once.
-        """
-        numbered, opened = enumerate(jobs, first), deque()
-        try:
-            while True:
-                while not opened or sum(job.indices.size for job in list(opened)[1:]) < self.ahead:
-                    number, indices = next(numbered, (None, None))
-                    if number is None:
-                        break
-                    opened.append(Job(split, np.array(indices, np.int64), train, number, self.shape, self.pin))
-                    self.submit(opened[-1], range(opened[-1].indices.size))
-                if not opened:
-                    return
-                job = opened[0]
-                self.finish(job)
-                opened.popleft()
-                yield job.result()
-        finally:
-            for job in opened:
-                job.dropped = True
-
-    def submit(self, job, places, urgent=False):
-        """Puts clips of a job into their workers' queues."""
-        for place in places:
-            video = job.split.videos[job.indices.flat[place]]
-            seed = [self.config['seed'], job.number, place, job.tries[place]] if job.train else None
-            if video.path in self.bad:
-                job.failed.append(place)
-            elif self.workers:
-                job.pending += 1
-                queue = self.workers[crc(video) % len(self.workers)].waiting
-                (queue.appendleft if urgent else queue.append)((job, place, video, seed))
-            else:
-                try:
-                    job.frames[place] = self.maker.clip(video, seed)
-                except UnreadableVideo as error:
-                    self.fail(job, place, video, str(error))
-        for worker in self.workers:
-            worker.feed()
-
-    def finish(self, job):
-        """Waits for all clips of a job; in training replaces those that failed, in an order that depends on the job alone."""
-        while True:
-            while job.pending:
-                self.pump()
-            if not job.failed or not job.train:
-                return
-            places, job.failed = sorted(job.failed), []
-            for place in places:
-                job.replace(place, self.config['seed'])
-            self.submit(job, places, urgent=True)
-
-    def fail(self, job, place, video, reason):
-        job.failed.append(place)
-        if video.path not in self.bad:
-            self.bad[video.path] = reason
-            if self.config['strict']:
-                sys.exit(f'Unreadable video {reason} (strict=False leaves such videos out).')
-            print(f'Warning: unreadable video {reason};', 'another of its class takes its place.' if job.train else 'left out.',
-                  file=sys.stderr, flush=True)
-
-    def pump(self):
-        """Takes in what workers have finished, looks after those that died or hang, and gives them more to do."""
-        started = [worker for worker in self.workers if worker.process is not None]
-        ready = connection.wait([worker.conn for worker in started], timeout=0.5)
-        for worker in started:
-            alive = True
-            while alive and worker.conn in ready and worker.conn.poll():
-                try:
-                    slot, error = worker.conn.recv()
-                except (EOFError, OSError):
-                    alive = False
-                    break
-                job, place, video, _ = worker.take(slot)
-                job.pending -= 1
-                if error:
-                    self.fail(job, place, video, error)
-                elif not job.dropped:
-                    job.frames[place] = worker.arena[slot]
-            hung = alive and worker.sent and worker.conn not in ready and time.monotonic() - worker.since > TIME_LIMIT
-            if hung or not alive:
-                guilty = worker.restart(forgive=not hung)
-                if guilty:
-                    job, place, video, _ = guilty
-                    job.pending -= 1
-                    self.fail(job, place, video, f'{video.path}: ' + (f'not decoded within {TIME_LIMIT} s' if hung else
-                                                                      'the decoder crashed on it'))
-            worker.feed()
-
-    def close(self):
-        """Ends the workers."""
-        for worker in self.workers:
-            worker.stop()
-        self.workers = []
-
-
-class Job:
-    """An array of videos that are wanted together. The rows of its last axis are episodes."""
-
-    def __init__(self, split, indices, train, number, shape, pin):
-        self.split, self.indices, self.train, self.number = split, indices, train, number
-        self.frames = torch.empty(indices.size, *shape, dtype=torch.uint8, pin_memory=pin)
-        self.tries = [0] * indices.size  # how often a place has been given another video
-        self.used = [set(row) for row in indices.reshape(-1, indices.shape[-1]).tolist()]  # videos that an episode has seen
-        self.pending, self.failed, self.dropped = 0, [], False
-
-    def replace(self, place, seed):
-        """Puts another video of the same class in a place."""
-        used = self.used[place // self.indices.shape[-1]]
-        label = self.split.labels[self.indices.flat[place]]
-        others = [i for i in self.split.members[label].tolist() if i not in used]
-        if not others:
-            sys.exit(f'Class {self.split.classes[label]!r} of split {self.split.name} has too few readable videos for an '
-                     f'episode: leave it out, or lower the shots or the queries.')
-        self.tries[place] += 1
-        chosen = others[np.random.default_rng([seed, self.number, place, self.tries[place], 2]).integers(len(others))]
-        used.add(chosen)
-        self.indices.flat[place] = chosen
-
-    def result(self):
-        if self.failed:
-            keep = np.setdiff1d(np.arange(self.indices.size), self.failed)
-            return self.frames[torch.from_numpy(keep)], self.indices[keep]
-        return self.frames.unflatten(0, self.indices.shape), self.indices
-
-
-class Worker:
-    """This side of one decoding process. It writes clips into slots of shared memory; only words go through the pipe."""
-
-    def __init__(self, context, slots, shape, args):
-        self.context, self.shape, self.args = context, (slots, *shape), args
-        self.free, self.waiting, self.sent = list(range(slots)), deque(), {}  # sent: slot -> task, in order
-        self.process, self.deaths, self.crashed = None, 0, set()
-
-    def feed(self):
-        """Sends tasks as long as slots are free."""
-        while self.waiting and self.free:
-            task = self.waiting.popleft()
-            job, _, video, seed = task
-            if job.dropped:
-                continue
-            if self.process is None:
-                self.start()
-            if not self.sent:
-                self.since = time.monotonic()
-            slot = self.free.pop()
-            self.sent[slot] = task
-            try:
-                self.conn.send((slot, tuple(video), seed))
-            except OSError:
-                return  # dead: pump will notice
-
-    def take(self, slot):
-        """The task that a slot was for; the slot is free again once the caller has copied it, before the next feed."""
-        self.since, self.deaths = time.monotonic(), 0
-        self.free.append(slot)
-        return self.sent.pop(slot)
-
-    def start(self):
-        memory = self.context.RawArray('B', int(np.prod(self.shape)))
-        self.arena = torch.frombuffer(memory, dtype=torch.uint8).view(self.shape)
-        self.conn, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def restart(self, forgive):
-        """A new process for one that died or hangs -> the task it was at. forgive: a first death is tried again (None)."""
-        self.stop()
-        self.deaths += 1
-        if self.deaths > 9:
-            sys.exit('Decoding processes die as soon as they start; run with --workers=0 to see why.')
-        tasks = list(self.sent.values())
-        self.free += self.sent
-        self.sent = {}
-        guilty = tasks.pop(0) if tasks else None
-        if guilty and forgive and guilty[2].path not in self.crashed:  # it may have been killed for another's sake
-            self.crashed.add(guilty[2].path)
-            tasks.insert(0, guilty)
-            guilty = None
-        self.waiting.extendleft(reversed(tasks))
-        return guilty
-
-    def stop(self):
-        if self.process is not None:
-            self.conn.close()
-            self.process.kill()
-            self.process.join()
-            self.process = None
-
-
-def work(conn, memory, shape, config, image_size, room):
-    """A decoding process: takes (slot, video, seed), fills the slot, answers (slot, None or what is wrong)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by closing the pipe
-    torch.set_num_threads(1)
-    arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
-    maker = ClipMaker(config, image_size, room)
-    while True:
-        try:
-            slot, video, seed = conn.recv()
-        except (EOFError, OSError):
-            return
-        error = None
-        try:
-            arena[slot] = maker.clip(Video(*video), seed)
-        except UnreadableVideo as unreadable:
-            error = str(unreadable)
-        conn.send((slot, error))
+if __name__ == '__main__':
+    from config import load_config
+    options = load_config(sys.argv[1:])
+    if options['sheet']:
+        contact_sheet(options, options['sheet'])
+    else:
+        check(options)

@@ -8,9 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import KINDS, picture, write_clip, write_folder
+from make_clips import KINDS, picture, write_clip, write_folder
 
 import data
+import decode
+import reader
 from config import DEFAULTS
 
 # ---- Decoding
@@ -35,43 +37,43 @@ def test_decoding_equals_sequential_decoding(kinds, name):
     assert len(expected) == KINDS[name].get('frames', 30)
     for frames, seed in ((8, None), (8, 0), (8, 1), (3, 2), (1, 3), (1, None), (100, None)):
         rng = None if seed is None else np.random.default_rng(seed)
-        indices = data.sample_indices(len(expected), frames, rng)
-        got = data.read_frames(kinds[name], lambda n, i=indices: i, 1000)
+        indices = decode.sample_indices(len(expected), frames, rng)
+        got = decode.read_frames(kinds[name], lambda n, i=indices: i, 1000)
         assert got.dtype == np.uint8 and np.array_equal(got, expected[indices])
 
 
 def test_the_number_of_frames_is_counted_not_read_from_the_header(kinds):
     for name in KINDS:
         seen = []
-        data.read_frames(kinds[name], lambda n, seen=seen: seen.append(n) or [0], 1000)
+        decode.read_frames(kinds[name], lambda n, seen=seen: seen.append(n) or [0], 1000)
         assert seen[-1] == KINDS[name].get('frames', 30), name
 
 
 def test_short_side(kinds):
-    assert data.read_frames(kinds['gops.mp4'], lambda n: [0, 5], 24).shape == (2, 24, 32, 3)
-    assert data.read_frames(kinds['odd_444.mp4'], lambda n: [0], 51).shape == (1, 51, 67, 3)
-    assert data.read_frames(kinds['odd_444.mp4'], lambda n: [0], 500).shape == (1, 51, 67, 3)  # never enlarged
+    assert decode.read_frames(kinds['gops.mp4'], lambda n: [0, 5], 24).shape == (2, 24, 32, 3)
+    assert decode.read_frames(kinds['odd_444.mp4'], lambda n: [0], 51).shape == (1, 51, 67, 3)
+    assert decode.read_frames(kinds['odd_444.mp4'], lambda n: [0], 500).shape == (1, 51, 67, 3)  # never enlarged
 
 
 def test_rotation_is_applied(kinds, tmp_path):
     """The matrix that phones write: shown turned clockwise by 90 degrees."""
-    upright = data.read_frames(kinds['gops.mp4'], lambda n: [0, 9], 1000)
+    upright = decode.read_frames(kinds['gops.mp4'], lambda n: [0, 9], 1000)
     content = bytearray(open(kinds['gops.mp4'], 'rb').read())
     at = content.index(b'tkhd') + 44
     one, zero, minus, last = ((v).to_bytes(4, 'big', signed=True) for v in (0x10000, 0, -0x10000, 0x40000000))
     content[at:at + 36] = zero + one + zero + minus + zero + zero + zero + zero + last
     path = tmp_path / 'turned.mp4'
     path.write_bytes(content)
-    turned = data.read_frames(str(path), lambda n: [0, 9], 1000)
+    turned = decode.read_frames(str(path), lambda n: [0, 9], 1000)
     assert np.array_equal(turned, np.rot90(upright, -1, (1, 2)))
 
 
 def test_folder_of_images(tmp_path):
     path = write_folder(tmp_path / 'clip', 12, ext='.png')
-    got = data.read_frames(path, lambda n: data.sample_indices(n, 12), 1000)
+    got = decode.read_frames(path, lambda n: decode.sample_indices(n, 12), 1000)
     assert np.array_equal(got, np.stack([picture(i) for i in range(12)]))  # img_2 before img_10
     path = write_folder(tmp_path / 'jpg', 3)
-    got = data.read_frames(path, lambda n: [0, 2], 1000)
+    got = decode.read_frames(path, lambda n: [0, 2], 1000)
     assert np.abs(got.astype(int) - np.stack([picture(0), picture(2)])).mean() < 12
 
 
@@ -80,8 +82,8 @@ def test_unreadable_videos_are_named(tmp_path):
     (tmp_path / 'text.mp4').write_text('no video')
     (tmp_path / 'folder.mp4').mkdir()
     for name in ('empty.mp4', 'text.mp4', 'folder.mp4', 'missing.mp4'):
-        with pytest.raises(data.UnreadableVideo, match=name):
-            data.read_frames(str(tmp_path / name), lambda n: data.sample_indices(n, 8), 256)
+        with pytest.raises(decode.UnreadableVideo, match=name):
+            decode.read_frames(str(tmp_path / name), lambda n: decode.sample_indices(n, 8), 256)
 
 
 def test_what_decodes_of_a_cut_file_is_used(kinds, tmp_path):
@@ -90,9 +92,9 @@ def test_what_decodes_of_a_cut_file_is_used(kinds, tmp_path):
         path = tmp_path / name
         path.write_bytes(content[:len(content) * 6 // 10])
         expected, counts = sequential(kinds[name]), []
-        got = data.read_frames(str(path), lambda n, c=counts: c.append(n) or data.sample_indices(n, 8), 1000)
+        got = decode.read_frames(str(path), lambda n, c=counts: c.append(n) or decode.sample_indices(n, 8), 1000)
         assert 5 < counts[-1] < len(expected), name
-        indices = data.sample_indices(counts[-1], 8)
+        indices = decode.sample_indices(counts[-1], 8)
         assert np.array_equal(got[:6], expected[indices[:6]]), name  # the very last frames may be damaged
 
 
@@ -100,20 +102,20 @@ def test_what_decodes_of_a_cut_file_is_used(kinds, tmp_path):
 
 def test_sample_indices():
     for n in (1, 3, 7, 8, 9, 16, 100, 301):
-        middle, edges = data.sample_indices(n, 8), [t * n // 8 for t in range(9)]
-        drawn = np.stack([data.sample_indices(n, 8, np.random.default_rng(seed)) for seed in range(300)])
+        middle, edges = decode.sample_indices(n, 8), [t * n // 8 for t in range(9)]
+        drawn = np.stack([decode.sample_indices(n, 8, np.random.default_rng(seed)) for seed in range(300)])
         assert (drawn[:, 1:] >= drawn[:, :-1]).all()
         for t in range(8):
             part = range(edges[t], max(edges[t] + 1, edges[t + 1]))
             assert middle[t] == part[len(part) // 2] and set(drawn[:, t]) <= set(part)
             assert len(part) > 20 or set(drawn[:, t]) == set(part)
-    assert data.sample_indices(16, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert data.sample_indices(3, 8).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert decode.sample_indices(16, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert decode.sample_indices(3, 8).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 def fake_split(sizes):
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    videos = [data.Video(f'{i}.mp4') for i in range(sum(sizes))]
+    videos = [decode.Video(f'{i}.mp4') for i in range(sum(sizes))]
     return data.Split('train', [f'class {i}' for i in range(len(sizes))], videos, labels)
 
 
@@ -196,7 +198,7 @@ def test_prepare_makes_missing_data_once(tmp_path):
 
 def test_one_crop_and_one_flip_for_the_whole_clip():
     """A still video stays still; another seed gives another crop."""
-    maker = data.ClipMaker(make_config('', augment='crop'), 32, 0)
+    maker = reader.ClipMaker(make_config('', augment='crop'), 32)
     still = np.repeat(picture(0)[None], 8, 0)
     clips = [maker.crop(still, np.random.default_rng(seed)) for seed in range(20)]
     assert all(clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8 for clip in clips)
@@ -206,7 +208,7 @@ def test_one_crop_and_one_flip_for_the_whole_clip():
 
 def test_flip_and_centre_crop():
     ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None], (8, 48, 1, 3))  # brighter to the right
-    maker = data.ClipMaker(make_config('', augment='crop'), 32, 0)
+    maker = reader.ClipMaker(make_config('', augment='crop'), 32)
 
     def rising(seeds):
         clips = [maker.crop(ramp, np.random.default_rng(seed)) for seed in range(seeds)]
@@ -216,30 +218,38 @@ def test_flip_and_centre_crop():
     maker.config['flip'] = False
     assert rising(50) == 50
     assert np.array_equal(maker.crop(ramp, None)[0, 0, 0], np.arange(16, 48))  # 32 of 48, nothing scaled
-    small = data.ClipMaker(dict(maker.config, resize=48), 48, 0)
+    small = reader.ClipMaker(dict(maker.config, resize=48), 48)
     assert np.array_equal(small.crop(ramp, None)[0].permute(1, 2, 0), ramp[0][:, 8:56])
 
 
-def test_cache_changes_nothing(kinds):
-    config = make_config('', cache_frames=16)
-    cached, plain = data.ClipMaker(config, 32, 10**9), data.ClipMaker(config, 32, 0)
+def test_what_is_kept_changes_nothing(kinds):
+    kept, anew = (reader.ClipMaker(dict(make_config('', cache_frames=16), cache_gb=gb), 32) for gb in (1.0, 0.0))
     for name in ('gops.mp4', 'five_frames.mp4', 'vp9.webm'):
         for seed in (None, [1, 2], [1, 3], [1, 2]):
-            video = data.Video(kinds[name])
-            assert torch.equal(cached.clip(video, seed), plain.clip(video, seed))
-    assert len(cached.cache) == 6 and len(plain.cache) == 0
-    bounded = data.ClipMaker(config, 32, 200_000)
+            video = decode.Video(kinds[name])
+            assert torch.equal(kept.clip(video, seed), anew.clip(video, seed))
+    assert len(kept.store.kept) == 6 and len(anew.store.kept) == 0
+    bounded = reader.ClipMaker(dict(kept.config, cache_gb=2e-4), 32)
     for name in kinds:
-        bounded.clip(data.Video(kinds[name]), [0])
-    assert 0 < sum(frames.nbytes for frames in bounded.cache.values()) <= 200_000
+        bounded.clip(decode.Video(kinds[name]), [0])
+    assert 0 < sum(frames.nbytes for frames in bounded.store.kept.values()) <= 200_000
+
+
+def test_a_file_that_changes_is_read_again(kinds, tmp_path):
+    maker, path = reader.ClipMaker(make_config(''), 32), tmp_path / 'clip.mp4'
+    path.write_bytes(open(kinds['gops.mp4'], 'rb').read())
+    before = maker.clip(decode.Video(str(path)), None)
+    path.write_bytes(open(kinds['five_frames.mp4'], 'rb').read())
+    assert not torch.equal(maker.clip(decode.Video(str(path)), None), before)
 
 
 def test_start_and_end_bound_the_clip(kinds):
-    maker = data.ClipMaker(make_config(''), 48, 0)
+    maker = reader.ClipMaker(make_config(''), 48)
     expected = sequential(kinds['gops.mp4'])[20:36]
-    assert np.array_equal(maker.frames(data.Video(kinds['gops.mp4'], 20, 36)), expected[data.sample_indices(16, 8)])
-    with pytest.raises(data.UnreadableVideo, match='begins at frame 80'):
-        maker.frames(data.Video(kinds['gops.mp4'], 80, 90))
+    got = maker.frames(decode.Video(kinds['gops.mp4'], 20, 36))
+    assert np.array_equal(got, expected[decode.sample_indices(16, 8)])
+    with pytest.raises(decode.UnreadableVideo, match='begins at frame 80'):
+        maker.frames(decode.Video(kinds['gops.mp4'], 80, 90))
 
 
 # ---- Workers
@@ -252,16 +262,16 @@ def jobs_of(split, count, first=0):
 def read(config, folder, count=6, first=0, between=None):
     """Training batches and the test clips, as (frames, indices)."""
     split = data.load_splits(config)['train']
-    reader = data.ClipReader(config, 32)
+    clips = reader.ClipReader(config, 32)
     try:
-        stream, train = reader.stream(split, jobs_of(split, count, first), True, first), []
+        stream, train = clips.stream(split, jobs_of(split, count, first), True, first), []
         for batch in stream:
             train.append(batch)
             if between:
-                between(reader)
-        test = list(reader.stream(split, [np.arange(7), np.arange(7, len(split.videos))], False))
+                between(clips)
+        test = list(clips.stream(split, [np.arange(7), np.arange(7, len(split.videos))], False))
     finally:
-        reader.close()
+        clips.close()
     return train, test, split
 
 
@@ -310,25 +320,29 @@ def test_a_stream_can_start_at_any_job(in_process, folder, splits_option):
 
 
 def test_killed_workers_are_replaced(in_process, folder, splits_option):
-    def kill(reader):
-        for worker in reader.workers:
-            if worker.process is not None:
-                os.kill(worker.process.pid, signal.SIGKILL)
+    alive = []
+
+    def kill(clips):
+        alive.append([worker.process for worker in clips.workers])
+        if len(alive) == 1:
+            for process in alive[0]:
+                os.kill(process.pid, signal.SIGKILL)
 
     train, test, _ = read(make_config(folder, splits=splits_option, workers=2), folder, between=kill)
+    assert alive[-1] != alive[0]
     assert same(train, in_process[0]) and same(test, in_process[1])
 
 
 def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, 'TIME_LIMIT', 1.5)
+    monkeypatch.setattr(reader, 'TIME_LIMIT', 1.5)
     os.mkfifo(tmp_path / 'fifo.mp4')  # opening it for reading blocks for ever
-    videos = [data.Video(str(tmp_path / 'fifo.mp4')), *(data.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
+    videos = [decode.Video(str(tmp_path / 'fifo.mp4')), *(decode.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
     split = data.Split('train', ['x'], videos, np.zeros(4, np.int64))
-    reader = data.ClipReader(make_config(folder, workers=1), 32)
-    next(reader.stream(split, [[1]], True))  # the process is up
+    clips = reader.ClipReader(make_config(folder, workers=1), 32)
+    next(clips.stream(split, [[1]], True))  # the process is up
     started = time.monotonic()
-    (_, indices), = reader.stream(split, [[0, 1, 2]], True)
-    reader.close()
+    (_, indices), = clips.stream(split, [[0, 1, 2]], True)
+    clips.close()
     assert indices.tolist() == [3, 1, 2] and time.monotonic() - started < 20
     assert 'fifo.mp4: not decoded within 1.5 s' in capsys.readouterr().err
 
@@ -336,13 +350,13 @@ def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_p
 def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_option):
     config = make_config(folder, splits=splits_option, workers=2)
     split = data.load_splits(config)['train']
-    reader = data.ClipReader(config, 32)
-    stream = reader.stream(split, jobs_of(split, 6), True)
+    clips = reader.ClipReader(config, 32)
+    stream = clips.stream(split, jobs_of(split, 6), True)
     train = [next(stream), next(stream)]
-    next(reader.stream(split, jobs_of(split, 6), True))  # begun and dropped
-    test = list(reader.stream(split, [np.arange(7), np.arange(7, 18)], False))
+    next(clips.stream(split, jobs_of(split, 6), True))  # begun and dropped
+    test = list(clips.stream(split, [np.arange(7), np.arange(7, 18)], False))
     train += stream
-    processes = [worker.process for worker in reader.workers]
-    reader.close()
+    processes = [worker.process for worker in clips.workers]
+    clips.close()
     assert same(train, in_process[0]) and same(test, in_process[1])
     assert not any(process.is_alive() for process in processes)

@@ -1,0 +1,505 @@
+"""Clips, many at once. In reading order:
+
+    ClipMaker                          one video -> one clip: frames, what is kept of them, crop, flip and jitter
+    MemoryStore, DiskStore             frames that are kept, so that they are not decoded again
+    ClipReader, Worker, work           the same for whole episodes, in processes that may crash without harm
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import zlib
+from collections import deque
+from multiprocessing import connection, forkserver
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from decode import UnreadableVideo, Video, clip_range, decode_image, encode_images, read_frames, sample_indices, stamp
+
+TIME_LIMIT = 60  # seconds that one video may take before its worker is killed and the video counts as unreadable
+
+
+class ClipMaker:
+    """Turns one video into one clip, and keeps decoded frames in its share of cache_gb: what fits is not decoded twice.
+
+    Of a training video `cache_frames` evenly spaced frames are kept (all, if it has no more), and TSN draws among those of each
+    part; a draw is the same whether the frames were kept or not. Of a test video the T test frames are kept.
+    What is kept stays: under uniform sampling a full cache serves its share of the videos, where eviction would only churn.
+    """
+
+    def __init__(self, config, image_size, processes=1):
+        self.config, self.image_size, room = config, image_size, config['cache_gb'] * 1e9
+        self.store = DiskStore(config['cache_dir'], room, processes) if config['cache_dir'] else MemoryStore(room / processes)
+
+    def clip(self, video, seed):
+        """Video, seed (a list of ints for a training clip; None: test frames, centre crop) -> uint8 (T, 3, H, W)."""
+        if seed is None:
+            return self.crop(self.frames(video), None)
+        return self.crop(self.frames(video, [*seed, 0]), np.random.default_rng([*seed, 1]))
+
+    def frames(self, video, seed=None):
+        """(T, h, w, 3): TSN frames, in training random ones by the seed."""
+        config = self.config
+        number, most = config['frames'], max(config['cache_frames'], config['frames'])
+        if seed is not None:
+            what = ('candidates', most)
+        else:  # random test frames are one fixed draw for a video, so that features can be kept
+            what = ('middle', number) if config['test_sampling'] == 'middle' else ('random', number, config['seed'])
+
+        def candidates(n):  # what is kept
+            if seed is not None:
+                return np.arange(n) if n <= most else sample_indices(n, most)
+            rng = np.random.default_rng([config['seed'], crc(video)]) if what[0] == 'random' else None
+            return sample_indices(n, number, rng)
+
+        def choose(n):  # what is drawn of it
+            return np.arange(n) if seed is None else sample_indices(n, number, np.random.default_rng(seed))
+
+        def pick(n, drawn):
+            first, end = clip_range(video, n)
+            kept = candidates(end - first)
+            return first + (kept[choose(len(kept))] if drawn else kept)
+
+        try:
+            key = (*stamp(video), config['resize'], *what)
+        except OSError as error:
+            raise UnreadableVideo(f'{video.path}: {error.strerror}') from error
+        frames = self.store.read(key, choose)
+        if frames is None and self.store.room > 0:
+            kept = read_frames(video.path, lambda n: pick(n, False), config['resize'])
+            frames = self.store.write(key, kept, choose(len(kept)))
+        elif frames is None:
+            frames = self.store.like_kept(read_frames(video.path, lambda n: pick(n, True), config['resize']))
+        return frames
+
+    def check(self, video):
+        """Reads the test frames -> number of frames of the clip, and what is wrong though it can be read, or None."""
+        number, notes = 0, []
+
+        def pick(n):
+            nonlocal number
+            first, end = clip_range(video, n)
+            number = end - first
+            return first + sample_indices(number, self.config['frames'])
+
+        read_frames(video.path, pick, self.config['resize'], notes)
+        return number, '; '.join(notes) or None
+
+    def crop(self, frames, rng):
+        """(T, h, w, 3) -> (T, 3, H, W): in training one random crop and one decision to flip for the whole clip.
+
+        The crop covers 0.5 to 1 of the area at an aspect of 3/4 to 4/3: gentler than ImageNet's 0.08, near the field's 224/256.
+        Otherwise the centre: image_size of `resize`, as if the short side were `resize`, so that nothing is scaled twice.
+        """
+        size, (height, width) = self.image_size, frames.shape[1:3]
+        if rng is None or self.config['augment'] == 'none':
+            h = w = max(1, round(min(height, width) * min(1, size / self.config['resize'])))
+            top, left = (height - h) // 2, (width - w) // 2
+        else:
+            area, aspect = height * width * rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            h = int(np.clip(round((area / aspect) ** 0.5), 1, height))
+            w = int(np.clip(round((area * aspect) ** 0.5), 1, width))
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        clip = torch.from_numpy(frames[:, top:top + h, left:left + w]).permute(0, 3, 1, 2)
+        if (h, w) != (size, size):
+            clip = F.interpolate(clip, (size, size), mode='bilinear', antialias=True)
+        if rng is not None and self.config['flip'] and rng.random() < 0.5:
+            clip = clip.flip(3)
+        return jitter(clip, rng) if rng is not None and self.config['augment'] == 'randaug' else clip
+
+
+
+def jitter(clip, rng):
+    """uint8 (T, 3, H, W) -> the same with one draw of colour and geometry for the whole clip: brightness, contrast and
+    saturation 0.7 to 1.3, hue up to 18 degrees, turned up to 10 degrees, sheared up to 0.1, 0.9 to 1.1 of the size."""
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
+    hue, turn = np.radians(rng.uniform((-18, -10), (18, 10)))
+    grey, cross = np.full((3, 3), 1 / 3), np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5
+    colour = np.cos(hue) * (np.eye(3) - grey) + grey + np.sin(hue) * cross  # a rotation about the grey axis
+    colour = (saturation * np.eye(3) + (1 - saturation) * np.array([0.299, 0.587, 0.114])) @ colour
+    colour, shift = brightness * contrast * colour, 128 * (1 - contrast)
+    shear, scale = rng.uniform(-0.1, 0.1, 2), rng.uniform(0.9, 1.1)
+    place = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0]])
+    place[:, :2] = place[:, :2] @ np.array([[1, shear[0]], [shear[1], 1]]) / scale
+    grid = F.affine_grid(torch.tensor(place, dtype=torch.float32)[None], (1, *clip.shape[1:]), align_corners=False)
+    moved = F.grid_sample(clip.float(), grid.expand(len(clip), -1, -1, -1), padding_mode='reflection', align_corners=False)
+    moved = torch.einsum('dc,tchw->tdhw', torch.tensor(colour, dtype=torch.float32), moved) + shift
+    return moved.round_().clamp_(0, 255).byte()
+
+
+class MemoryStore:
+    """Frames kept in memory as they are."""
+
+    def __init__(self, room):
+        self.room, self.kept = room, {}
+
+    def read(self, key, choose):
+        """-> frames choose(number of frames kept) of `key`, or None."""
+        return self.kept[key][choose(len(self.kept[key]))] if key in self.kept else None
+
+    def write(self, key, frames, chosen):
+        """Keeps frames (n, h, w, 3) if there is room -> the chosen ones, as `read` will give them."""
+        self.room -= frames.nbytes
+        if self.room >= 0:
+            self.kept[key] = frames
+        return frames[chosen]
+
+    def like_kept(self, frames):
+        """Frames as `read` would give them had they been kept, so that no result depends on what fits."""
+        return frames
+
+
+class DiskStore:
+    """Frames kept in a folder as JPEGs. Each process appends to files of its own and reads those of all that came before.
+
+    A video's line in the index is written after its frames: a crash leaves a video out, never half in.
+    """
+
+    def __init__(self, folder, room, processes):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.index, self.mine = folder, {}, f'{time.time_ns()}-{os.getpid()}'
+        names = os.listdir(folder)
+        self.room = (room - sum(os.path.getsize(os.path.join(folder, name)) for name in names)) / processes
+        for name in names:
+            if name.endswith('.index'):
+                with open(os.path.join(folder, name), encoding='ascii') as file:
+                    self.index.update((tuple(key), (name[:-6], *place)) for key, *place in
+                                      (json.loads(line) for line in file if line.endswith('\n')))
+
+    def read(self, key, choose):
+        if key not in self.index:
+            return None
+        name, offset, sizes = self.index[key]
+        rows, starts = choose(len(sizes)).tolist(), np.cumsum([offset, *sizes])
+        try:
+            with open(os.path.join(self.folder, name + '.jpegs'), 'rb') as file:
+                pictures = {i: decode_image(os.pread(file.fileno(), sizes[i], starts[i]), float('inf')) for i in set(rows)}
+        except (OSError, av.FFmpegError, IndexError):  # lost in a crash of the machine, or deleted
+            del self.index[key]
+            return None
+        return np.stack([pictures[i] for i in rows])
+
+    def write(self, key, frames, chosen):
+        images = encode_images(frames)
+        sizes = [len(image) for image in images]
+        self.room -= sum(sizes)
+        if self.room > 0:
+            try:
+                with open(os.path.join(self.folder, self.mine + '.jpegs'), 'ab') as file:
+                    offset = file.tell()
+                    file.write(b''.join(images))
+                with open(os.path.join(self.folder, self.mine + '.index'), 'a', encoding='ascii') as file:
+                    file.write(json.dumps([key, offset, sizes]) + '\n')
+                self.index[key] = self.mine, offset, sizes
+            except OSError as error:
+                self.room = 0
+                print(f'Warning: nothing more is kept in {self.folder}: {error.strerror}', file=sys.stderr, flush=True)
+        return self.like_kept(frames[chosen])
+
+    def like_kept(self, frames):
+        return np.stack([decode_image(image, float('inf')) for image in encode_images(frames)])
+
+
+def crc(video):
+    """The same number for the same path in every process, which hash() is not."""
+    return zlib.crc32(os.fsencode(video.path))
+
+
+class ClipReader:
+    """Reads clips in `workers` processes (0: in this one) and hands them over in order.
+
+    A video always goes to the same worker, so each worker's cache is its own and nothing is decoded twice. A worker that
+    crashes or exceeds TIME_LIMIT on a video is replaced, the video counts as unreadable, and the run goes on.
+    """
+
+    def __init__(self, config, image_size):
+        self.config = config
+        self.shape = (config['frames'], 3, image_size, image_size)
+        self.bad = {}  # path -> why it cannot be read
+        self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
+        count = config['workers']
+        slots = int(np.clip(256e6 // (np.prod(self.shape) * max(count, 1)), 4, 64))  # clips a worker may be ahead
+        self.maker = None if count else ClipMaker(config, image_size)
+        # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['torch', 'av', 'reader'])
+        if count:
+            forkserver.ensure_running()  # it imports while the caller goes on
+        self.workers = [Worker(context, slots, self.shape, (config, image_size, count)) for _ in range(count)]
+        self.ahead = count * slots
+
+    def stream(self, split, jobs, train, first=0):
+        """Yields (frames uint8 (n, T, 3, H, W), indices int64 (n,)) for each job, an array of indices into split.videos.
+
+        A job may have any shape (..., n), which the frames then have too; its rows are episodes. train: random frames, crop and
+        flip by (seed, job number from `first` on, place in the job) alone; an unreadable video is replaced by another of its
+        class that is not in its episode, and indices say which. Not train: test frames and centre crop; jobs have one axis, and
+        unreadable videos are missing from frames and indices. Either way each unreadable video is warned of once.
+        """
+        if train and self.config['flip']:
+            warn_of_sides(split)
+        numbered, opened = enumerate(jobs, first), deque()
+        try:
+            while True:
+                while not opened or sum(job.indices.size for job in list(opened)[1:]) < self.ahead:
+                    number, indices = next(numbered, (None, None))
+                    if number is None:
+                        break
+                    opened.append(Job(split, np.array(indices, np.int64), train, number, self.shape, self.pin))
+                    self.submit(opened[-1], range(opened[-1].indices.size))
+                if not opened:
+                    return
+                job = opened[0]
+                self.finish(job)
+                opened.popleft()
+                yield job.result()
+        finally:
+            for job in opened:
+                job.dropped = True
+
+    def submit(self, job, places, urgent=False):
+        """Puts clips of a job into their workers' queues."""
+        for place in places:
+            video = job.split.videos[job.indices.flat[place]]
+            seed = [self.config['seed'], job.number, place, job.tries[place]] if job.train else None
+            if video.path in self.bad:
+                job.failed.append(place)
+            elif self.workers:
+                job.pending += 1
+                self.enqueue((job, place, video, seed), urgent)
+            else:
+                try:
+                    job.receive(place, self.maker.clip(video, seed))
+                except UnreadableVideo as error:
+                    self.fail(job, place, video, str(error))
+        self.feed()
+
+    def enqueue(self, task, urgent=False):
+        queue = self.workers[crc(task[2]) % len(self.workers)].waiting
+        (queue.appendleft if urgent else queue.append)(task)
+
+    def feed(self):
+        for worker in self.workers:
+            worker.feed()
+
+    def check(self, videos):
+        """Yields (video, number of frames, what is wrong though it can be read or None, why it cannot be read or None)."""
+        job = Check()
+        for video in videos:
+            if self.workers:
+                job.pending += 1
+                self.enqueue((job, len(job.done), video, 'check'))
+            else:
+                try:
+                    yield video, *self.maker.check(video), None
+                except UnreadableVideo as error:
+                    yield video, 0, None, str(error)
+        self.feed()
+        while job.pending or job.done:
+            yield from job.done
+            job.done.clear()
+            if job.pending:
+                self.pump()
+
+    def finish(self, job):
+        """Waits for all clips of a job; in training replaces those that failed, in an order that depends on the job alone."""
+        while True:
+            while job.pending:
+                self.pump()
+            if not job.failed or not job.train:
+                return
+            places, job.failed = sorted(job.failed), []
+            for place in places:
+                job.replace(place, self.config['seed'])
+            self.submit(job, places, urgent=True)
+
+    def fail(self, job, place, video, reason):
+        if isinstance(job, Check):
+            job.done.append((video, 0, None, reason))
+            return
+        job.failed.append(place)
+        if video.path not in self.bad:
+            self.bad[video.path] = reason
+            if self.config['strict']:
+                sys.exit(f'Unreadable video {reason} (strict=False leaves such videos out).')
+            print(f'Warning: unreadable video {reason};', 'another of its class takes its place.' if job.train else 'left out.',
+                  file=sys.stderr, flush=True)
+
+    def pump(self):
+        """Takes in what workers have finished, looks after those that died or hang, and gives them more to do."""
+        started = [worker for worker in self.workers if worker.process is not None]
+        ready = connection.wait([worker.conn for worker in started], timeout=0.5)
+        for worker in started:
+            alive = True
+            while alive and worker.conn in ready and worker.conn.poll():
+                try:
+                    slot, error, info = worker.conn.recv()
+                except (EOFError, OSError):
+                    alive = False
+                    break
+                job, place, video, _ = worker.take(slot)
+                job.pending -= 1
+                if error:
+                    self.fail(job, place, video, error)
+                elif info:
+                    job.done.append((video, *info, None))
+                elif not job.dropped:
+                    job.receive(place, worker.arena[slot])
+            hung = alive and worker.sent and worker.conn not in ready and time.monotonic() - worker.since > TIME_LIMIT
+            if hung or not alive:
+                guilty = worker.restart(forgive=not hung)
+                if guilty:
+                    job, place, video, _ = guilty
+                    job.pending -= 1
+                    self.fail(job, place, video, f'{video.path}: ' + (f'not decoded within {TIME_LIMIT} s' if hung else
+                                                                      'the decoder crashed on it'))
+            worker.feed()
+
+    def close(self):
+        """Ends the workers."""
+        for worker in self.workers:
+            worker.stop()
+        self.workers = []
+
+
+class Job:
+    """An array of videos that are wanted together. The rows of its last axis are episodes."""
+
+    def __init__(self, split, indices, train, number, shape, pin):
+        self.split, self.indices, self.train, self.number = split, indices, train, number
+        self.frames = torch.empty(indices.size, *shape, dtype=torch.uint8, pin_memory=pin)
+        self.tries = [0] * indices.size  # how often a place has been given another video
+        self.used = [set(row) for row in indices.reshape(-1, indices.shape[-1]).tolist()]  # videos that an episode has seen
+        self.pending, self.failed, self.dropped = 0, [], False
+
+    def receive(self, place, clip):
+        self.frames[place] = clip
+
+    def replace(self, place, seed):
+        """Puts another video of the same class in a place."""
+        used = self.used[place // self.indices.shape[-1]]
+        label = self.split.labels[self.indices.flat[place]]
+        others = [i for i in self.split.members[label].tolist() if i not in used]
+        if not others:
+            sys.exit(f'Class {self.split.classes[label]!r} of split {self.split.name} has too few readable videos for an '
+                     f'episode: leave it out, or lower the shots or the queries.')
+        self.tries[place] += 1
+        chosen = others[np.random.default_rng([seed, self.number, place, self.tries[place], 2]).integers(len(others))]
+        used.add(chosen)
+        self.indices.flat[place] = chosen
+
+    def result(self):
+        if self.failed:
+            keep = np.setdiff1d(np.arange(self.indices.size), self.failed)
+            return self.frames[torch.from_numpy(keep)], self.indices[keep]
+        return self.frames.unflatten(0, self.indices.shape), self.indices
+
+
+class Check:
+    """Videos whose verdict is wanted, in the place of a Job."""
+
+    def __init__(self):
+        self.pending, self.done, self.dropped = 0, [], False
+
+
+class Worker:
+    """This side of one decoding process. It writes clips into slots of shared memory; only words go through the pipe."""
+
+    def __init__(self, context, slots, shape, args):
+        self.context, self.shape, self.args = context, (slots, *shape), args
+        self.free, self.waiting, self.sent = list(range(slots)), deque(), {}  # sent: slot -> task, in order
+        self.process, self.deaths, self.crashed = None, 0, set()
+
+    def feed(self):
+        """Sends tasks as long as slots are free."""
+        while self.waiting and self.free:
+            task = self.waiting.popleft()
+            job, _, video, seed = task
+            if job.dropped:
+                continue
+            if self.process is None:
+                self.start()
+            if not self.sent:
+                self.since = time.monotonic()
+            slot = self.free.pop()
+            self.sent[slot] = task
+            try:
+                self.conn.send((slot, tuple(video), seed))
+            except OSError:
+                return  # dead: pump will notice
+
+    def take(self, slot):
+        """The task that a slot was for; the slot is free again once the caller has copied it, before the next feed."""
+        self.since, self.deaths = time.monotonic(), 0
+        self.free.append(slot)
+        return self.sent.pop(slot)
+
+    def start(self):
+        memory = self.context.RawArray('B', int(np.prod(self.shape)))
+        self.arena = torch.frombuffer(memory, dtype=torch.uint8).view(self.shape)
+        self.conn, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def restart(self, forgive):
+        """A new process for one that died or hangs -> the task it was at. forgive: a first death is tried again (None)."""
+        self.stop()
+        self.deaths += 1
+        if self.deaths > 9:
+            sys.exit('Decoding processes die as soon as they start; run with --workers=0 to see why.')
+        tasks = list(self.sent.values())
+        self.free += self.sent
+        self.sent = {}
+        guilty = tasks.pop(0) if tasks else None
+        if guilty and forgive and guilty[2].path not in self.crashed:  # it may have been killed for another's sake
+            self.crashed.add(guilty[2].path)
+            tasks.insert(0, guilty)
+            guilty = None
+        self.waiting.extendleft(reversed(tasks))
+        return guilty
+
+    def stop(self):
+        if self.process is not None:
+            self.conn.close()
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def work(conn, memory, shape, config, image_size, processes):
+    """A decoding process: takes (slot, video, seed), fills the slot, answers (slot, what is wrong or None, verdict or None)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by closing the pipe
+    torch.set_num_threads(1)
+    arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+    maker = ClipMaker(config, image_size, processes)
+    while True:
+        try:
+            slot, video, seed = conn.recv()
+        except (EOFError, OSError):
+            return
+        error = info = None
+        try:
+            if seed == 'check':
+                info = maker.check(Video(*video))
+            else:
+                arena[slot] = maker.clip(Video(*video), seed)
+        except UnreadableVideo as unreadable:
+            error = str(unreadable)
+        conn.send((slot, error, info))
+
+
+def warn_of_sides(split):
+    """Says which classes name a side, for a mirrored clip of those is of another class."""
+    side = re.compile(r'(?<![a-z])(left|right|((anti|counter)[- _]?)?clockwise)(?![a-z])')
+    sided = [name for name in split.classes if side.search(re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', name).lower())]
+    if sided:
+        print(f'Warning: flip is on, but {len(sided)} classes of {split.name} name a side: {", ".join(map(repr, sided[:5]))}'
+              f'{", ..." if len(sided) > 5 else ""}. Set flip=False.', file=sys.stderr, flush=True)
