@@ -84,14 +84,15 @@ def load_clip(source, act=None, image_size=None):
     the images in pixels if not the weights' own. OSError: no such file, no network. ValueError: not such weights.
     """
     if source.startswith('random:'):
-        state = random_state(source.removeprefix('random:'))
+        stored = random_state(source.removeprefix('random:'))
         act = act or 'quick_gelu'
     else:
         path = find_weights(source)
-        state = openai_names(read_state(path))
+        stored = read_state(path)
         act = act or default_act(path)
     if act not in ACTIVATIONS:
         raise ValueError(f'{source}: the activation {act!r} is none of {", ".join(ACTIVATIONS)}.')
+    state = openai_names(stored)
     sizes = geometry(state, source)
     if image_size and image_size != sizes['image_size']:
         grid, rest = divmod(image_size, sizes['patch_size'])
@@ -101,7 +102,10 @@ def load_clip(source, act=None, image_size=None):
         state[name], sizes['image_size'] = resize_positions(state[name].float(), grid), image_size
     with torch.device('meta'):  # no memory, no random numbers: the tensors of the file become the parameters
         clip = CLIP(**sizes, act=act)
-    check(state, clip.state_dict(), source)
+    expected = clip.state_dict()
+    if 'input_resolution' in stored:  # OpenAI's archives may hold any tensor that was an attribute, not parameters alone
+        state = {name: x for name, x in state.items() if name in expected}
+    check(state, expected, source)
     clip.load_state_dict({name: x.float().contiguous() for name, x in state.items()}, assign=True)
     clip.eval().requires_grad_(False)
     clip.act, clip.weights_hash = act, weights_hash(clip.visual)

@@ -149,6 +149,11 @@ def test_archive_of_real_layers(tmp_path):
     assert all(torch.equal(read[name], x) and read[name].dtype == x.dtype for name, x in expected.items())
 
 
+def test_other_tensors_of_openai_archives(state, tmp_path):
+    script({**state, **EXTRAS, 'visual.some_constant': torch.ones(2)}, tmp_path / 'x.pt')
+    assert equal(load_clip(str(tmp_path / 'x.pt')), state)
+
+
 def test_round_trip_is_exact(state):
     back = clip_loader.openai_names(hugging_face(state))
     assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
