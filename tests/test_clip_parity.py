@@ -186,7 +186,7 @@ def test_tokens_equal_open_clip(tokenizers):
 PIECES = "the ing play 's ' A é 1 & ; &amp; <| |> 你 👍 ͅ _".split(' ') + [' ', '\x85']
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.one_of(st.text(), st.text(st.characters(max_codepoint=0x250)), st.lists(st.sampled_from(PIECES)).map(''.join)))
 def test_tokens_equal_open_clip_always(tokenizers, text):
     assume('of' not in text.lower())  # hypothesis picks the end tokens from our sources; of them below
