@@ -68,15 +68,15 @@ def clip_loss(image, text, scale):
 def word_loss(logits, label):
     """Cross-entropy of every attribute's word, read off a feature: (n, all words) against (n, attributes); and its hits."""
     parts = logits.split([len(choices) for choices in WORDS.values()], dim=1)
-    loss = sum(F.cross_entropy(part, own) for part, own in zip(parts, label.T)) / len(parts)
+    loss = sum(F.cross_entropy(part, own) for part, own in zip(parts, label.T))
     return loss, [(part.argmax(1) == own).float().mean().item() for part, own in zip(parts, label.T)]
 
 
 def train(out, steps, batch, lr, warmup=100, save_every=100):
     """Train and save to `out` in OpenAI's names and half precision; goes on from `out`.resume if that is there.
 
-    CLIP's loss alone stays for long on the attributes that are easy to see (colour, ground). So `read`, one linear layer for
-    both towers, which is thrown away at the end, has to find every word of the caption in either feature.
+    CLIP's loss alone stays for long with what is easy to see (colour, ground). So `read`, one linear layer for both towers,
+    which is thrown away at the end, has to find every word of the caption in either feature.
     """
     resume = Path(f'{out}.resume')
     torch.manual_seed(0)

@@ -199,14 +199,14 @@ def noise(rng, n, scenes=1):
 def trajectory(name, u, phase=0.0, swing=1.0, offset=0.0):
     """The states (T, 6) that motion `name` goes through at times u (T,), all within MIDDLE +- REACH.
 
-    swing in (0, 1] scales the motion; offset, (6,) or a number in [-1, 1], places it in the room that it leaves. Raises
+    swing in (0, 2/3] scales the motion; offset, (6,) or a number in [-1, 1], places it in the room that it leaves. Raises
     KeyError for an unknown name.
     """
     motion = MOTIONS[name]
     whole = motion(np.linspace(0, 1, 65), phase)
-    low, high = whole.min(0), whole.max(0)
-    room = np.where(ROUND, 180 / REACH, 1 - swing * (high - low))
-    return MIDDLE + REACH * (offset * room + 2 * swing * (motion(u, phase) - (low + high) / 2))
+    mean = whole.mean(0)  # the mean state, which a bag of frames could tell, follows the same law in every class
+    room = np.where(ROUND, 180 / REACH, 1 - 2 * swing * np.abs(whole - mean).max(0))
+    return MIDDLE + REACH * (offset * room + 2 * swing * (motion(u, phase) - mean))
 
 
 def clip(name, seed, number):
@@ -215,7 +215,7 @@ def clip(name, seed, number):
     n, rate = int(rng.integers(20, 33)), int(rng.choice([10, 12, 15, 24, 25, 30]))
     begin, end = rng.uniform((0, 0.9), (0.1, 1))
     u = np.clip((np.linspace(0, 1, n) - begin) / (end - begin), 0, 1)
-    state = trajectory(name, u, rng.uniform(0, 360), rng.uniform(0.7, 1), rng.uniform(-1, 1, 6))
+    state = trajectory(name, u, rng.uniform(0, 360), rng.uniform(0.5, 0.66), rng.uniform(-1, 1, 6))
     look = appearance(rng, rng.integers(len(SHAPES), size=1), rng.integers(len(GROUNDS), size=1))
     look = {key: np.repeat(value, n, axis=0) for key, value in look.items()}
     drift = rng.uniform(-20, 20, (SPECKS, 2)) * (rng.random((SPECKS, 1)) < 0.4)  # some specks move too

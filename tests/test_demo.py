@@ -14,7 +14,7 @@ import shapes  # noqa: E402
 U = np.linspace(0, 1, 33)
 
 
-COURSES = {name: shapes.trajectory(name, U, phase=70.0, swing=0.8, offset=0.3) for name in shapes.MOTIONS}
+COURSES = {name: shapes.trajectory(name, U, phase=70.0, swing=0.6, offset=0.3) for name in shapes.MOTIONS}
 
 
 def backwards(name):
@@ -50,7 +50,7 @@ def test_no_two_classes_are_the_same_motion():
 def test_every_class_stays_within_the_same_ranges():
     for name in shapes.MOTIONS:
         for offset in (-1, 1):
-            away = np.abs(shapes.trajectory(name, U, 10.0, 1.0, offset) - shapes.MIDDLE) / shapes.REACH
+            away = np.abs(shapes.trajectory(name, U, 10.0, 0.66, offset) - shapes.MIDDLE) / shapes.REACH
             assert away[:, ~shapes.ROUND].max() <= 1 + 1e-6
 
 
