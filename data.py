@@ -141,11 +141,14 @@ def split_classes(config, by_class):
     if any(isinstance(part, float) for part in splits.values()):
         names = [by_class[key][0][0] for key in sorted(by_class)]
         random.Random(config['seed']).shuffle(names)
-        ends = np.cumsum([0] + [splits.get(split, 0) for split in SPLITS])
-        if ends[-1] > 1 + 1e-9:
-            sys.exit(f'splits: the fractions add up to {ends[-1]:g}, more than 1.')
-        ends = np.round(ends * len(names)).astype(int)
-        splits = {split: sorted(names[a:b]) for split, a, b in zip(SPLITS, ends, ends[1:])}
+        if sum(splits.values()) > 1 + 1e-9:
+            sys.exit(f'splits: the fractions add up to {sum(splits.values()):g}, more than 1.')
+        sizes = {split: max(2, round(part * len(names))) for split, part in splits.items() if part}  # 2 make an episode
+        rest = len(names) - sum(size for split, size in sizes.items() if split != 'train')
+        if rest < 2:
+            sys.exit(f'{config["data_root"]} has {len(names)} classes, too few for {len(sizes)} splits: each needs 2.')
+        sizes['train'] = min(sizes.get('train', 0), rest)
+        splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
     seen = {}
     for split, names in splits.items():
         for name in names:
@@ -297,10 +300,10 @@ def episode(split, way, shot, queries, seed, number):
     """
     if len(split.classes) < way:
         sys.exit(f'Split {split.name} has {len(split.classes)} classes, too few for {way}-way episodes: lower way.')
-    smallest = min(split.members, key=len)
-    if len(smallest) < shot + queries:
-        name = split.classes[split.labels[smallest[0]]]
-        sys.exit(f'Class {name!r} of split {split.name} has {len(smallest)} videos, too few for'
+    smallest = min(range(len(split.classes)), key=lambda label: len(split.members[label]))
+    videos = len(split.members[smallest])
+    if videos < shot + queries:
+        sys.exit(f'Class {split.classes[smallest]!r} of split {split.name} has {videos} videos, too few for'
                  f' {shot} supports and {queries} queries: lower the shots or the queries, or leave the class out.')
     rng = np.random.default_rng([seed, number])
     classes = rng.choice(len(split.classes), way, replace=False)
@@ -397,7 +400,7 @@ def check(config):
                if len(found) < shot + queries]
         if few:
             print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
-                  f'{", ".join(few[:10])}{", ..." if len(few) > 10 else ""}')
+                  f'{", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
         if split == 'val':
             way = min(way, len(splits[split].classes))
         try:

@@ -128,10 +128,10 @@ def jitter(clip, rng):
     shear, scale = rng.uniform(-0.1, 0.1, 2), rng.uniform(0.9, 1.1)
     place = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0]])
     place[:, :2] = place[:, :2] @ np.array([[1, shear[0]], [shear[1], 1]]) / scale
-    grid = F.affine_grid(torch.tensor(place, dtype=torch.float32)[None], (1, *clip.shape[1:]), align_corners=False)
-    moved = F.grid_sample(clip.float(), grid.expand(len(clip), -1, -1, -1), padding_mode='reflection', align_corners=False)
-    moved = torch.einsum('dc,tchw->tdhw', torch.tensor(colour, dtype=torch.float32), moved) + shift
-    return moved.round_().clamp_(0, 255).byte()
+    grid = F.affine_grid(torch.tensor(place, dtype=torch.float32)[None], (1, 1, *clip.shape[2:]), align_corners=False)
+    moved = F.grid_sample(clip.float().flatten(0, 1)[None], grid, padding_mode='reflection', align_corners=False)
+    moved = torch.tensor(colour, dtype=torch.float32) @ moved.view(*clip.shape[:2], -1)
+    return moved.add_(shift).round_().clamp_(0, 255).byte().view(clip.shape)
 
 
 class MemoryStore:

@@ -3,6 +3,7 @@
 config = dict(
     dataset='diving48',
     data_root='data/diving48',
+    annotations='data/diving48_lists',
     max_iters=15000,
     eval_interval=1000,
     shot=1,
@@ -19,4 +20,8 @@ config = dict(
             5, 6, 9, 12, 18, 19, 27, 40, 43, 44,
         ],
     ),
+    fetch='''Diving48: http://www.svcl.ucsd.edu/projects/resound/dataset.html. Expected:
+  data/diving48/                <vid_name>.mp4, in any folders
+  data/diving48_lists/          Diving48_V2_train.json, Diving48_V2_test.json; Diving48_vocab.json names the classes
+Elsewhere: --data_root=... --annotations=...''',
 )

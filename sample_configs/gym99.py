@@ -3,6 +3,7 @@
 config = dict(
     dataset='gym99',
     data_root='data/gym99',
+    annotations='data/gym99_lists',
     max_iters=15000,
     eval_interval=1000,
     shot=1,
@@ -21,4 +22,8 @@ config = dict(
             1, 5, 8, 18, 20, 31, 39, 42, 45, 50, 51, 52, 54, 60, 61, 63, 64, 65, 67, 76, 77, 81, 97, 98,
         ],
     ),
+    fetch='''FineGym: https://sdolivia.github.io/FineGym/. Expected:
+  data/gym99/                   a video for each element, named as in the lists (A0xA..._E_..._A_....mp4), in any folders
+  data/gym99_lists/             gym99_train_element_v1.0.txt, gym99_val_element.txt; gym99_categories.txt names the classes
+Elsewhere: --data_root=... --annotations=...''',
 )

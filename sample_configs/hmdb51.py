@@ -20,4 +20,7 @@ config = dict(
             'fencing', 'kick', 'kick_ball', 'pick', 'pour', 'pushup', 'run', 'sit', 'smoke', 'talk',
         ],
     ),
+    fetch='''HMDB51: https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/. Expected:
+  data/hmdb51/<class>/*.avi     the videos, unpacked; no list is needed
+Elsewhere: --data_root=...''',
 )

@@ -3,6 +3,7 @@
 config = dict(
     dataset='kinetics',
     data_root='data/kinetics',
+    annotations='data/kinetics_lists',
     lr=1e-05,
     max_iters=1000,
     temporal_adapter=False,
@@ -33,4 +34,9 @@ config = dict(
             'shearing sheep', 'side kick', 'stretching arm', 'tap dancing', 'throwing axe', 'unboxing',
         ],
     ),
+    fetch='''Kinetics-400: https://github.com/cvdfoundation/kinetics-dataset. Expected:
+  data/kinetics/                videos, in any folders: YouTube id, with or without times, as the name
+  data/kinetics_lists/          trainlist03.txt, vallist03.txt, testlist03.txt: splits/kinetics_CMN of
+                                https://github.com/tobyperrett/trx; CLIP-FSAR's lists do too
+Elsewhere: --data_root=... --annotations=...; --annotations=None takes every video of a folder per class.''',
 )

@@ -10,6 +10,8 @@ config = dict(
     shot=1,
     queries=2,
     flip=False,
+    lower=True,
     max_iters=500,
     eval_interval=100,
+    fetch='Expected: data/my_videos/<class>/<video>, a folder per class. Elsewhere: --data_root=...',
 )

@@ -3,6 +3,7 @@
 config = dict(
     dataset='ssv2_small',
     data_root='data/ssv2',
+    annotations='data/ssv2_small_lists',
     max_iters=3000,
     eval_interval=300,
     flip=False,
@@ -70,4 +71,9 @@ config = dict(
             'Failing to put something into something because something does not fit',
         ],
     ),
+    fetch='''Something-Something V2: https://www.qualcomm.com/developer/software/something-something-v-2-dataset. Expected:
+  data/ssv2/                    <id>.webm (or .mp4, or a folder of frames <id>/), in any folders
+  data/ssv2_small_lists/        trainlist03.txt, vallist03.txt, testlist03.txt: splits/ssv2_CMN of
+                                https://github.com/tobyperrett/trx; CLIP-FSAR's lists do too
+Elsewhere: --data_root=... --annotations=...''',
 )

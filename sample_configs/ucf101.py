@@ -32,4 +32,7 @@ config = dict(
             'SalsaSpin', 'Skiing', 'SkyDiving', 'StillRings', 'Surfing', 'TennisSwing', 'VolleyballSpiking',
         ],
     ),
+    fetch='''UCF101: https://www.crcv.ucf.edu/data/UCF101.php. Expected:
+  data/ucf101/<class>/*.avi     the videos, unpacked; no list is needed
+Elsewhere: --data_root=...''',
 )

@@ -170,18 +170,22 @@ def test_folder_per_class(folder):
 
 
 def test_fractions_and_bad_splits(folder, tmp_path):
-    thirds = dict(train=0.34, val=0.33, test=0.33)
-    splits = data.load_splits(make_config(folder, splits=thirds))
-    assert sorted(sum((s.classes for s in splits.values()), [])) == ['Roll Over', 'Turn_Left', 'jump']
-    assert splits['train'].classes == data.load_splits(make_config(folder, splits=thirds))['train'].classes
+    by_class = {f'c{i}': [(f'C{i}', None, None)] for i in range(20)}
+    parts = dict(train=0.6, val=0.2, test=0.2)
+    splits = data.split_classes(make_config(folder, splits=parts), by_class)
+    assert [len(splits[split]) for split in data.SPLITS] == [12, 4, 4] and len(set(sum(splits.values(), []))) == 20
+    assert splits == data.split_classes(make_config(folder, splits=parts), by_class)
+    assert splits != data.split_classes(dict(make_config(folder, splits=parts), seed=7), by_class)
+    few = data.split_classes(make_config(folder, splits=parts), {f'c{i}': by_class[f'c{i}'] for i in range(6)})
+    assert [len(few[split]) for split in data.SPLITS] == [2, 2, 2]
     for options, message in ((dict(splits=dict(train=['turn lfet'])), "'turn lfet' of split train has no video.*Turn_Left"),
                              (dict(splits=dict(train=['jump'], test=['Jump'])), 'stands in train and in test'),
                              (dict(splits=dict(train=0.9, test=0.9)), '1.8'), (dict(splits=dict(trian=['jump'])), 'trian'),
-                             (dict(), 'splits is not set')):
+                             (dict(splits=parts), 'has 3 classes, too few for 3 splits'), (dict(), 'splits is not set')):
         with pytest.raises(SystemExit, match=message):
             data.load_splits(make_config(folder, **options))
     with pytest.raises(SystemExit, match='no folder'):
-        data.load_splits(make_config(tmp_path / 'nowhere', splits=thirds))
+        data.load_splits(make_config(tmp_path / 'nowhere', splits=parts))
 
 
 def test_prepare_makes_missing_data_once(tmp_path):
