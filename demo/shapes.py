@@ -155,12 +155,12 @@ def draw(shape, state, ground, saturation, specks, noise):
     state, specks = state.astype(np.float32), specks.astype(np.float32)
     x, y, turn, grow, fade, hue = state.T
 
-    # specks: a square is its columns times its rows, so all of them together are one product of matrices
+    # specks: a square is its columns times its rows, so all of them together are one sum
     half = specks[..., 2:3]
     columns, rows = (np.clip(half + 0.5 - np.abs(pixels - specks[..., i : i + 1]), 0, 1) * (half > 0) for i in (0, 1))
     colour = rgb(specks[..., 3], 0.8) - ground[:, None]  # (n, SPECKS, 3), as differences from the ground
     paint = (columns[..., None] * colour[:, :, None]).reshape(len(state), SPECKS, SIDE * 3).astype(np.float32)
-    frames = ground[:, None, None] + (rows.transpose(0, 2, 1) @ paint).reshape(len(state), SIDE, SIDE, 3)
+    frames = ground[:, None, None] + np.einsum('nky,nkp->nyp', rows, paint).reshape(len(state), SIDE, SIDE, 3)
 
     # the shape: pixels into its own frame, distance to its edge, one pixel of antialiasing
     size, angle = np.exp(grow), np.radians(turn)
