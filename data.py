@@ -181,7 +181,7 @@ def read_list(path):
             text = file.read()
         if text.lstrip()[:1] in ('[', '{'):
             return read_json(json.loads(text))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         sys.exit(f'Cannot read the annotations {path}: {type(error).__name__}: {error}')
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and re.fullmatch(r'(video|path|file)\w*[\s,]+(label|class)\w*', lines[0].lower()):
@@ -340,9 +340,11 @@ def read_verdicts(config):
     if os.path.exists(verdict_file(config)):
         with open(verdict_file(config), encoding='ascii') as file:
             for line in file:
-                if line.endswith('\n'):  # the last one may be half
+                try:
                     key, *verdict = json.loads(line)
                     verdicts[tuple(key)] = verdict
+                except ValueError:
+                    pass  # half a line, where a check was killed
     return verdicts
 
 
@@ -358,9 +360,9 @@ def check(config):
     reader = ClipReader(dict(config, workers=max(config['workers'], os.cpu_count())), 1)
     try:
         with open(verdict_file(config), 'a', encoding='ascii') as file:
-            for video, *verdict in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
-                verdicts[found[video]] = verdict
-                file.write(json.dumps([found[video], *verdict]) + '\n')
+            for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
+                verdict = verdicts[found[video]] = frames, note, problem and problem.removeprefix(video.path + ': ')
+                file.write('\n' + json.dumps([found[video], *verdict]))
                 file.flush()
     finally:
         reader.close()
@@ -402,7 +404,7 @@ def check(config):
             print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
                   f'{", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
         if split == 'val':
-            way = min(way, len(splits[split].classes))
+            way = min(way, len(splits[split].classes) or way)
         try:
             episode(splits[split], *fit_episode(config, splits[split], way, shot, queries), config['seed'], 0)
         except SystemExit as error:
@@ -419,8 +421,8 @@ def contact_sheet(config, path):
     size = min(224, config['resize'])
     reader = ClipReader(config, size)
     try:
-        jobs = [episode(split, *fit_episode(config, split, config['way'], 1, 1), config['seed'], number) for number in range(1)]
-        frames, indices = next(reader.stream(split, jobs, True))
+        clips = episode(split, min(config['way'], len(split.classes)), 1, 1, config['seed'], 0)
+        frames, indices = next(reader.stream(split, [clips], True))
     finally:
         reader.close()
     rows = frames.permute(0, 3, 1, 4, 2).reshape(len(frames) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
