@@ -219,7 +219,7 @@ def test_without_the_data_a_config_says_what_to_fetch():
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Two classes with four good videos, a short, a cut, a broken one, and one that is listed but missing; two small classes."""
+    """Two classes with four good videos, a short, a cut, a broken and a listed but missing one; two small classes."""
     root = tmp_path / 'videos'
     lines = []
     for name in ('left', 'right'):
