@@ -30,6 +30,7 @@ DEFAULTS = dict(
     cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
     cache_dir=None,            # a folder that keeps decoded frames between runs
     lower=False,               # where classes are few or small, lower way, shot and queries instead of stopping
+    cache_prefix=0,            # N > 0: run N random draws of each training video through the frozen blocks once and for all
     strict=False,              # stop at the first video that cannot be read instead of replacing it
     sheet=None,                # data.py: write this PNG of training clips as the model sees them, instead of the check
     # model
@@ -40,6 +41,7 @@ DEFAULTS = dict(
     temporal_adapter=True,     # adapters in the kept blocks (thesis 3.2.2)
     cls_token=False,           # the aggregator sees the class token too
     cross_video='joint',       # attention across an episode's videos: 'joint' (transductive), 'inductive' or False
+    alpha_init='random',       # the temporal embedding's kernel at the start: 'random', or 'zero' as in the adapters
     attn_proj=True,            # False: equation 3.15 to the letter, one head and no projections
     mlp_order='serial',        # 'parallel': the MLP reads the same input as the attention, as 3.19 and 3.22 are printed
     temp=100.0,                # Temp in (3.7)
@@ -86,6 +88,7 @@ DEFAULTS = dict(
 CHOICES = dict(
     test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
     act=(None, 'quick_gelu', 'gelu'), cross_video=('joint', 'inductive', False), mlp_order=('serial', 'parallel'),
+    alpha_init=('random', 'zero'),
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
@@ -174,6 +177,8 @@ def set_option(config, key, value, folder, source):
     if key in PATHS and value is not None:
         value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
                  else os.path.join(folder, os.path.expanduser(value)))
+    elif key == 'clip' and os.path.isfile(os.path.join(folder, value)):
+        value = os.path.join(folder, value)
     config[key] = value
 
 

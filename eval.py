@@ -3,7 +3,7 @@
     python eval.py sample_configs/diving48.py --ckpt=runs/diving48/best.pt     a checkpoint
     python eval.py sample_configs/diving48.py                                  training-free rows alone
 
-In reading order: building a model (build, load_checkpoint), encoding a split (encode_prefix, encode), episodes
+In reading order: building a model (build, load_checkpoint), encoding a split (encode_frozen, encode), episodes
 (episode_list), the methods that label them (mean_pool, zero_shot, vba) and the table (evaluate, print_rows, save_rows).
 """
 
@@ -26,6 +26,14 @@ from model import VBA, class_scores, log_scores, trainable_state
 
 GATHER_BYTES = dict(cpu=2 ** 26, cuda=2 ** 31)  # tokens gathered for one batch of episodes
 ENCODE_VIDEOS = 16  # videos encoded at a time
+
+
+def load_clip(config):
+    """The CLIP that a config names. Stops with one sentence where its weights are not to be had or not right."""
+    try:
+        return clip_loader.load_clip(config['clip'], config['act'], config['image_size'])
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
 
 
 def build(config, clip):
@@ -59,51 +67,47 @@ def restore(model, clip, checkpoint, path):
 
 
 @torch.no_grad()
-def encode_prefix(model, split, reader, device, autocast):
-    """Runs the frozen blocks over a split's videos, each once.
+def encode_frozen(model, split, reader, device, autocast, draw=None):
+    """Runs the frozen part of the model over a split's videos, each once.
 
-    Returns a dict: `videos`, the split without the videos that could not be read; `x` (V, T, 1+L, D), the tokens before the
-    first kept block (float16 on CUDA, float32 on a CPU); `pooled` (V, embed_dim), unit-length mean of plain CLIP's frames.
+    Returns a dict: `videos`, the split without the videos that could not be read; `frozen`, what VBA.frozen gives, of all
+    videos (V, T, *, D), float16 on CUDA and in training, else float32; `pooled` (V, embed_dim), unit-length mean over
+    frames of plain CLIP's features. draw: None for test frames, or the number of a random draw of frames, crop and flip for training.
     """
     jobs = np.split(np.arange(len(split.videos)), np.arange(ENCODE_VIDEOS, len(split.videos), ENCODE_VIDEOS))
-    blocks = model.visual.transformer.resblocks[-len(model.levels):]
-    xs, pooled, read = [], [], []
-    for frames, indices in tqdm(reader.stream(split, jobs, train=False), f'encoding {split.name} videos', len(jobs),
+    frozen, pooled, read = [], [], []
+    for frames, indices in tqdm(reader.stream(split, jobs, draw is not None, (draw or 0) * len(jobs)), f'encoding {split.name} videos', len(jobs),
                                 unit_scale=ENCODE_VIDEOS, unit='video', leave=False, disable=None):
         if not len(indices):  # none of these could be read
             continue
         with autocast:
-            x = model.prefix(frames.to(device, non_blocking=True))  # (B*T, 1+L, D)
-            plain = x
-            for block in blocks:
-                plain = block(plain)
-            features = model.visual.head(plain)
-        xs.append(x.unflatten(0, frames.shape[:2]).to(torch.float16 if x.is_cuda else x.dtype))
-        pooled.append(F.normalize(F.normalize(features.float().unflatten(0, frames.shape[:2]), dim=-1).mean(1), dim=-1))
+            parts, features = model.frozen(frames.to(device, non_blocking=True), head=True)
+        frozen.append([x.half() if x.is_cuda or draw is not None else x for x in parts])
+        pooled.append(F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1))
         read.append(indices)
     if not read:
         sys.exit(f'None of the {len(split.videos)} {split.name} videos could be read.')
     read = np.concatenate(read)
     videos = dataclasses.replace(split, videos=[split.videos[i] for i in read], labels=split.labels[read])
-    return dict(videos=videos, x=torch.cat(xs), pooled=torch.cat(pooled))
+    return dict(videos=videos, frozen=[torch.cat(parts) for parts in zip(*frozen)], pooled=torch.cat(pooled))
 
 
 @torch.no_grad()
-def encode(model, x, autocast):
-    """Tokens x (V, T, 1+L, D) before the first kept block -> what the aggregator needs of each video, whatever its episode.
+def encode(model, frozen, autocast):
+    """`frozen` of encode_frozen -> what the aggregator needs of each video, whatever its episode.
 
     Returns `start` (V, D), Q*_0; and `tokens`, S-1 tensors (V, T*L, D) for the other levels. Where no level looks at other
     videos the whole answer is the video's own: `start` is then Q_S and `tokens` is empty.
     """
     starts, tokens = [], []
-    for part in x.split(ENCODE_VIDEOS):
+    for parts in zip(*(x.split(ENCODE_VIDEOS) for x in frozen)):
         with autocast:
-            kept = model.tokens(model.kept(part.flatten(0, 1), part.shape[1]))
+            kept = model.tokens(model.kept(parts))
             q = model.start(kept[0])
             if not model.mode:
                 q, kept = model.aggregate(q[None], [k[None] for k in kept[1:]], len(q), False)[0], kept[:1]
         starts.append(q.float())
-        tokens.append([k.to(x.dtype) for k in kept[1:]])
+        tokens.append([k.to(parts[0].dtype) for k in kept[1:]])
     return torch.cat(starts), [torch.cat(level) for level in zip(*tokens)]
 
 
@@ -165,10 +169,10 @@ def interval(values):
     return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
 
 
-def validate(config, model, prefix, episodes, device, autocast):
-    """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of encode_prefix's videos."""
-    way = min(config['way'], len(prefix['videos'].classes))
-    start, tokens = encode(model, prefix['x'], autocast)
+def validate(config, model, encoded, episodes, device, autocast):
+    """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of encode_frozen's videos."""
+    way = min(config['way'], len(encoded['videos'].classes))
+    start, tokens = encode(model, encoded['frozen'], autocast)
     scores = vba(model, start, tokens, way, 1, model.mode, config['temp'], autocast)
     return correct(predict(scores, episodes, token_bytes(tokens), device), way).mean()
 
@@ -176,10 +180,10 @@ def validate(config, model, prefix, episodes, device, autocast):
 def evaluate(config, clip, model, split, reader, device, autocast, trained=True):
     """The table: every method on the same episodes, for each of test_shots. Returns the rows, a list of dicts."""
     began = time.time()
-    prefix = encode_prefix(model, split, reader, device, autocast)
-    videos, pooled = prefix['videos'], prefix['pooled']
+    encoded = encode_frozen(model, split, reader, device, autocast)
+    videos, pooled = encoded['videos'], encoded['pooled']
     if trained:
-        start, tokens = encode(model, prefix['x'], autocast)
+        start, tokens = encode(model, encoded['frozen'], autocast)
     print(f'encoded {len(videos.videos)} {split.name} videos in {time.time() - began:.0f} s')
     rows = []
     for shot in config['test_shots']:
@@ -227,7 +231,7 @@ def main():
     device, dtype = resolve_device(config)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
     checkpoint = config['ckpt'] and load_checkpoint(config['ckpt'])
-    clip = clip_loader.load_clip(config['clip'])
+    clip = load_clip(config)
     model = build(config, clip)
     if checkpoint:
         restore(model, clip, checkpoint, config['ckpt'])

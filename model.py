@@ -152,14 +152,14 @@ class ViT(nn.Module):
 class TemporalAdapter(nn.Module):
     """Bottleneck on (..., T, L, D): D -> 2D/3, depthwise convolution over T (kernel 3), -> D (Fig. 3.8; no residual inside).
 
-    Depthwise kernel and biases start at 0, so a new adapter gives exactly 0.
+    Biases start at 0, and the depthwise kernel with standard deviation `std`: a new adapter, std 0, gives exactly 0.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim, std=0.0):
         super().__init__()
         hidden = dim * 2 // 3
         self.down = nn.Linear(dim, hidden)
-        self.kernel = nn.Parameter(torch.zeros(3, hidden))  # taps at t-1, t, t+1
+        self.kernel = nn.Parameter(torch.randn(3, hidden) * std)  # taps at t-1, t, t+1
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.up = nn.Linear(hidden, dim)
         nn.init.zeros_(self.down.bias)
@@ -179,7 +179,7 @@ class Level(nn.Module):
         super().__init__()
         heads, proj = dim // 64, config['attn_proj']
         self.serial = config['mlp_order'] == 'serial'
-        self.alpha = TemporalAdapter(dim)
+        self.alpha = TemporalAdapter(dim, std=float(config['alpha_init'] == 'random'))
         self.beta = nn.Parameter(torch.zeros(config['frames'], 1, dim))
         self.ln_tokens = nn.LayerNorm(dim)
         self.ln_frame, self.ln_frame_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -214,16 +214,23 @@ class VBA(nn.Module):
 
     def __init__(self, visual, config):
         """visual: a ViT (frozen here); config: `levels`, `temporal_adapter`, `cls_token`, `cross_video`, `attn_proj`,
-        `mlp_order`, `frames`, `norm` as in config.py."""
+        `mlp_order`, `alpha_init`, `frames`, `norm` as in config.py."""
         super().__init__()
         dim = visual.proj.shape[0]
         self.visual = visual.requires_grad_(False)
         self.first = 0 if config['cls_token'] else 1  # the first token that the aggregator sees
         self.mode = config['cross_video']
-        self.query = nn.Parameter(torch.randn(1, dim) * 0.02)  # Q_0
+        self.query = nn.Parameter(torch.randn(1, dim))  # Q_0
         self.adapters = nn.ModuleList(
             TemporalAdapter(dim) for _ in range(config['levels'] if config['temporal_adapter'] else 0))
         self.levels = nn.ModuleList(Level(dim, config) for _ in range(config['levels']))
+        branches = [module for name, module in self.levels.named_modules() if name.endswith(('attn.out_proj', 'mlp.c_proj'))]
+        for branch in branches:
+            # As in GPT-2. Q_0 then outweighs what the branches add: cosines start near 1 and the loss near log N. Where videos
+            # differ much from the start, by looks and not by class, at Temp 100 the loss is dozens, and the fastest way
+            # down is to make all videos the same, from where no gradient leads back.
+            if branch.weight.requires_grad:
+                branch.weight.data *= len(branches) ** -0.5
         mean, std = torch.tensor(NORMS[config['norm']])
         self.register_buffer('mean', mean.view(3, 1, 1), persistent=False)
         self.register_buffer('std', std.view(3, 1, 1), persistent=False)
@@ -233,35 +240,42 @@ class VBA(nn.Module):
         return ((frames / 255 - self.mean) / self.std).to(self.visual.conv1.weight.dtype)
 
     @torch.no_grad()
-    def prefix(self, frames):
-        """Frames (..., T, 3, H, W) uint8 -> tokens (B*T, 1+L, D) before the first kept block, all videos in one row of B."""
+    def frozen(self, frames, head=False):
+        """All of the backbone that no trained part comes before: frames (..., T, 3, H, W) uint8 -> list of (..., T, *, D).
+
+        With adapters that is one tensor, the tokens (1+L) before the first kept block; without, A itself, S tensors of the
+        outputs (L) of the kept blocks. head=True also gives the plain CLIP's image features (..., T, embed_dim), else None.
+        """
         images = frames.flatten(0, -4)
-        chunks = images.split(CPU_CHUNK if images.device.type == 'cpu' else len(images))
-        blocks = self.visual.transformer.resblocks[:-len(self.levels)]
-        outputs = []
-        for chunk in chunks:
-            x = self.visual.embed(self.normalise(chunk))
-            for block in blocks:
+        blocks, count = self.visual.transformer.resblocks, len(self.levels)
+        outputs, features = [], []
+        for chunk in images.split(CPU_CHUNK if images.device.type == 'cpu' else len(images)):
+            x = self.visual.embed(self.normalise(chunk))  # (chunk, 1+L, D)
+            for block in blocks[:-count]:
                 x = block(x)
-            outputs.append(x)
-        return torch.cat(outputs)
+            kept = [x] if self.adapters else []
+            if head or not self.adapters:
+                for block in blocks[-count:]:
+                    x = block(x)
+                    if not self.adapters:
+                        kept.append(x[:, self.first:])
+            outputs.append(kept)
+            features.append(self.visual.head(x) if head else None)
+        outputs = [torch.cat(parts).unflatten(0, frames.shape[:-3]) for parts in zip(*outputs)]
+        return outputs, torch.cat(features).unflatten(0, frames.shape[:-3]) if head else None
 
-    def kept(self, x, frames):
-        """Tokens x (B*T, 1+L, D) before the first kept block -> A, a list of S tensors (B, T, L, D)."""
+    def kept(self, frozen):
+        """The list that `frozen` gave -> A, a list of S tensors (..., T, L, D): the outputs of the last S blocks."""
+        if not self.adapters:
+            return frozen
+        shape = frozen[0].shape
+        x = frozen[0].flatten(0, -3)  # (B*T, 1+L, D)
         outputs = []
-        for i, block in enumerate(self.visual.transformer.resblocks[-len(self.levels):]):
-            if self.adapters:
-                patches = x[:, 1:].unflatten(0, (-1, frames))  # (B, T, L, D)
-                x = torch.cat([x[:, :1], (patches + self.adapters[i](patches)).flatten(0, 1)], 1)
-            x = block(x)
-            outputs.append(x[:, self.first:].unflatten(0, (-1, frames)))
+        for adapter, block in zip(self.adapters, self.visual.transformer.resblocks[-len(self.levels):]):
+            patches = x[:, 1:].unflatten(0, (-1, shape[-3]))  # (B, T, L, D)
+            x = block(torch.cat([x[:, :1], (patches + adapter(patches)).flatten(0, 1)], 1))
+            outputs.append(x[:, self.first:].unflatten(0, shape[:-2]))
         return outputs
-
-    def encode(self, frames):
-        """Frames (..., T, 3, H, W) uint8 -> A, a list of S tensors (..., T, L, D): the outputs of the last S blocks."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and len(self.adapters) > 0):
-            kept = self.kept(self.prefix(frames), frames.shape[-4])
-        return [a.unflatten(0, frames.shape[:-4]) for a in kept]
 
     def tokens(self, kept):
         """A -> the aggregator's tokens, a list of S tensors (..., T*L, D). A video's tokens depend on that video alone."""
@@ -285,10 +299,14 @@ class VBA(nn.Module):
                 q = level.cross_video(q, mask)
         return q
 
+    def features(self, frozen, n_support):
+        """What `frozen` gave of episodes (E, B, T, ...), supports first -> video features Q_S (E, B, D)."""
+        tokens = self.tokens(self.kept(frozen))
+        return self.aggregate(self.start(tokens[0]), tokens[1:], n_support, self.mode)
+
     def forward(self, frames, n_support):
         """Frames of episodes (E, B, T, 3, H, W) uint8, supports first -> video features Q_S (E, B, D)."""
-        tokens = self.tokens(self.encode(frames))
-        return self.aggregate(self.start(tokens[0]), tokens[1:], n_support, self.mode)
+        return self.features(self.frozen(frames)[0], n_support)
 
 
 def inductive_mask(videos, n_support, device=None):

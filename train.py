@@ -17,7 +17,6 @@ import time
 import numpy as np
 import torch
 
-import clip_loader
 import data
 import eval as evaluation
 from config import load_config, resolve_device
@@ -45,6 +44,13 @@ def episodes_from(config, split, first):
         yield np.stack([data.episode(split, config['way'], config['shot'], config['queries'], config['seed'], number)
                         for number in range(first * size, (first + 1) * size)])
         first += 1
+
+
+def cached(config, draws, jobs, first):
+    """Like ClipReader.stream, from `draws`: lists of what the frozen part gave of every video, one list a draw of frames."""
+    for number, indices in enumerate(jobs, first):
+        draw = np.random.default_rng([config['seed'], number]).integers(len(draws))
+        yield [x[torch.from_numpy(indices)].float() for x in draws[draw]], indices
 
 
 def save(path, checkpoint):
@@ -85,7 +91,7 @@ def main():
     train, val, test = splits['train'], splits['val'], splits['test']
     way, shot, queries = config['way'], config['shot'], config['queries']
     data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
-    clip = clip_loader.load_clip(config['clip'], config['act'])
+    clip = evaluation.load_clip(config)
     model = evaluation.build(config, clip).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters train beside '
@@ -120,7 +126,6 @@ def main():
 
     support_labels = torch.arange(way, device=device).repeat_interleave(shot)
     query_labels = torch.arange(way, device=device).repeat_interleave(queries)
-    forward = torch.compile(model) if config['compile'] is True or (config['compile'] == 'auto' and cuda) else model
 
     stop = []  # filled by the first Ctrl-C or SIGTERM: the step in progress ends, then the run is saved; a second one kills
     def on_signal(number, frame):
@@ -131,22 +136,30 @@ def main():
 
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
-        prefix = evaluation.encode_prefix(model, val, reader, device, autocast)
+        encoded_val = evaluation.encode_frozen(model, val, reader, device, autocast)
         val_way = min(way, len(val.classes))
-        val_episodes, _ = evaluation.episode_list(prefix['videos'], val_way, 1, config['test_queries'], config['seed'],
+        val_episodes, _ = evaluation.episode_list(encoded_val['videos'], val_way, 1, config['test_queries'], config['seed'],
                                                   config['val_episodes'])
-        batches = reader.stream(train, episodes_from(config, train, state['iter']), train=True, first=state['iter'])
+        jobs = episodes_from(config, train, state['iter'])
+        if config['cache_prefix']:
+            draws = [evaluation.encode_frozen(model, train, reader, device, autocast, draw)['frozen']
+                     for draw in range(config['cache_prefix'])]
+            batches, forward = cached(config, draws, jobs, state['iter']), model.features
+        else:
+            batches, forward = reader.stream(train, jobs, train=True, first=state['iter']), model
+        if config['compile'] is True or (config['compile'] == 'auto' and cuda):
+            forward = torch.compile(forward)
         waited, began = 0.0, time.perf_counter()
         while state['iter'] < config['max_iters'] and not stop:
             now = time.perf_counter()
-            frames, indices = next(batches)
-            frames = frames.to(device, non_blocking=True)  # (E, B, T, 3, H, W)
+            inputs, indices = next(batches)  # frames (E, B, T, 3, H, W), or what the frozen part made of them
+            inputs = inputs if config['cache_prefix'] else inputs.to(device, non_blocking=True)
             waited += time.perf_counter() - now
 
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(config, state['iter'])
             with autocast:
-                features = forward(frames, way * shot)  # (E, B, D)
+                features = forward(inputs, way * shot)  # (E, B, D)
             scores = log_scores(features, way * shot, config['temp'])  # (E, M, N*K)
             loss = episode_loss(scores, support_labels, query_labels, config['loss'])
             scaler.scale(loss).backward()
@@ -177,7 +190,7 @@ def main():
                 waited, began = 0.0, time.perf_counter()
             if state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']:
                 now = time.perf_counter()
-                accuracy = evaluation.validate(config, model, prefix, val_episodes, device, autocast)
+                accuracy = evaluation.validate(config, model, encoded_val, val_episodes, device, autocast)
                 print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % '
                       f'({val_way}-way 1-shot, {len(val_episodes)} episodes)', flush=True)
                 if accuracy > state['best']:

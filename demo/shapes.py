@@ -1,6 +1,6 @@
 """Moving shapes: a small video dataset, drawn on the spot, whose classes differ only in time.
 
-    python demo/shapes.py --out data/moving_shapes --per_class 60      # one folder of H.264 clips per class
+    python demo/shapes.py --out data/moving_shapes --per_class 30      # one folder of H.264 clips per class
 
 In reading order: what can change (the six channels), the motions and their splits, the drawing, clips, captioned stills.
 
@@ -246,7 +246,7 @@ def write_dataset(out, per_class, seed=0, workers=2, names=None):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             jobs.append((path, name, seed, number))
     with multiprocessing.Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), unit='clip'):
+        for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), unit='clip', disable=None):
             pass
 
 
@@ -297,7 +297,7 @@ def still(rng):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='data/moving_shapes')
-    parser.add_argument('--per_class', type=int, default=60)
+    parser.add_argument('--per_class', type=int, default=30)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     write_dataset(**vars(parser.parse_args()))

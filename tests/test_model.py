@@ -25,7 +25,7 @@ from model import (
 WAY, SHOT, QUERIES, T = 3, 2, 2, 4
 B = WAY * (SHOT + QUERIES)
 CONFIG = dict(levels=3, temporal_adapter=True, cls_token=False, cross_video='joint', attn_proj=True, mlp_order='serial',
-              frames=T, norm='clip')
+              alpha_init='random', frames=T, norm='clip')
 
 
 def fresh(seed=0, **options):
@@ -51,6 +51,10 @@ def clips(*shape, seed=1):
     return torch.randint(0, 256, (*shape, T, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+def encoded(model, frames):
+    return model.kept(model.frozen(frames)[0])
+
+
 def normalised(frames):
     mean, std = torch.tensor(NORMS['clip']).view(2, 3, 1, 1)
     return (frames / 255 - mean) / std
@@ -59,7 +63,7 @@ def normalised(frames):
 @pytest.mark.parametrize('adapter', [True, False])
 def test_fresh_model_keeps_clips_features_exactly(adapter):
     model, frames = fresh(temporal_adapter=adapter), clips(2)
-    kept = model.encode(frames)
+    kept = encoded(model, frames)
     x = model.visual.embed(normalised(frames.flatten(0, 1)))
     for i, block in enumerate(model.visual.transformer.resblocks):
         x = block(x)
@@ -68,8 +72,8 @@ def test_fresh_model_keeps_clips_features_exactly(adapter):
 
 
 def test_cls_token_option_keeps_all_tokens():
-    assert fresh(cls_token=True).encode(clips(2))[0].shape == (2, T, 5, 128)
-    assert fresh().encode(clips(2))[0].shape == (2, T, 4, 128)
+    assert encoded(fresh(cls_token=True), clips(2))[0].shape == (2, T, 5, 128)
+    assert encoded(fresh(), clips(2))[0].shape == (2, T, 4, 128)
 
 
 @pytest.mark.parametrize('masked', [False, True])
@@ -140,7 +144,7 @@ def literal_attention(attn, q, k, v, allowed):
 def literal_vba(model, frames, n_support, cross_video, mlp_order):
     """Equations 3.14-3.23 for one episode (B, T, 3, H, W), written as loops."""
     videos = len(frames)
-    kept = model.encode(frames)
+    kept = encoded(model, frames)
     q = model.query.expand(videos, -1)
     for a, level in zip(kept, model.levels):
         star = a + level.alpha(a) + level.beta  # (3.14)
@@ -233,7 +237,7 @@ def test_only_what_should_train_gets_a_gradient(adapter):
     assert bool(model.adapters) == adapter
     assert not any(name.startswith('visual.') for name in trainable_state(model))
     if not adapter:
-        assert not model.encode(clips(1))[0].requires_grad
+        assert not encoded(model, clips(1))[0].requires_grad
 
 
 def test_chunks_of_the_frozen_part_change_nothing():
@@ -241,7 +245,9 @@ def test_chunks_of_the_frozen_part_change_nothing():
     whole = model.visual.embed(normalised(frames.flatten(0, 1)))
     for block in model.visual.transformer.resblocks[:2]:
         whole = block(whole)
-    torch.testing.assert_close(model.prefix(frames), whole, rtol=1e-4, atol=1e-5)
+    (outputs,), features = model.frozen(frames, head=True)
+    torch.testing.assert_close(outputs.flatten(0, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.flatten(0, 1), model.visual(normalised(frames.flatten(0, 1))), rtol=1e-4, atol=1e-5)
 
 
 def test_inductive_mask():
