@@ -56,7 +56,7 @@ def identity(config, clip):
         with open(config['ckpt'], 'rb') as file:
             checkpoint = hashlib.file_digest(file, 'sha256').hexdigest()
     return dict(checkpoint=checkpoint, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size,
-                **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm', 'cross_video')})
+                **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm')})
 
 
 def save_examples(path, examples):
@@ -91,14 +91,10 @@ def load_examples(path, made, device):
 def encode_frames(model, frames, trained, device, autocast):
     """Frames (V, T, 3, H, W) uint8 -> what eval.encode gives, `start` (V, D) and `tokens`; untrained: mean-pooled CLIP, []."""
     with autocast:
-        x = model.prefix(frames.to(device))  # (V*T, 1+L, D)
+        frozen, features = model.frozen(frames.to(device), head=not trained)
     if trained:
-        return evaluation.encode(model, x.unflatten(0, frames.shape[:2]), autocast)
-    with autocast:
-        for block in model.visual.transformer.resblocks[-len(model.levels):]:
-            x = block(x)
-        features = model.visual.head(x).float().unflatten(0, frames.shape[:2])  # (V, T, embed_dim)
-    return F.normalize(F.normalize(features, dim=-1).mean(1), dim=-1), []
+        return evaluation.encode(model, [x.half() if x.is_cuda else x for x in frozen], autocast)
+    return F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1), []
 
 
 @torch.no_grad()
@@ -122,12 +118,15 @@ def follow(model, q, tokens, supports=None):
     return [*path, q.float()]
 
 
+def jobs(split):
+    """Indices of all its videos, BATCH at a time."""
+    return [np.arange(i, min(i + BATCH, len(split.videos))) for i in range(0, len(split.videos), BATCH)]
+
+
 def encode_examples(model, split, reader, trained, device, autocast):
     """A Split -> dict(classes, labels (V,), paths, features): the readable videos and what queries need to know of them."""
     starts, tokens, read = [], [], []
-    jobs = np.split(np.arange(len(split.videos)), np.arange(BATCH, len(split.videos), BATCH))
-    stream = tqdm(reader.stream(split, jobs, train=False), 'encoding examples', len(jobs), leave=False, disable=None)
-    for frames, indices in stream:
+    for frames, indices in tqdm(reader.stream(split, jobs(split), train=False), 'encoding examples', leave=False, disable=None):
         if len(indices):
             start, levels = encode_frames(model, frames, trained, device, autocast)
             starts.append(start)
@@ -222,19 +221,21 @@ def windows(path, config, image_size):
         count = math.ceil((length - width) / stride - 1e-6) + 1
         frames = itertools.chain(timed_frames(path, first), [(None, math.inf)])
         for (frame, _), (_, until) in itertools.pairwise(frames):  # a frame is on show until the next one
-            while k < count and (start := min(k * stride, length - width)) < until:
-                opened.append((start, []))
-                k += 1
-            picture = None
-            for start, clip in opened:
-                while len(clip) < number and start + (len(clip) + 0.5) * width / number < until - 1e-6:
-                    if picture is None:
-                        picture = maker.crop(convert(frame)[None], None)[0]
-                    clip.append(picture)
-            while opened and len(opened[0][1]) == number:
-                start, clip = opened.popleft()
-                yield start, start + width, torch.stack(clip)
-                done += 1
+            picture, more = None, True
+            while more:
+                for start, clip in opened:
+                    while len(clip) < number and start + (len(clip) + 0.5) * width / number < until - 1e-6:
+                        if picture is None:
+                            picture = maker.crop(np.stack([convert(frame)]), None)[0]
+                        clip.append(picture)
+                while opened and len(opened[0][1]) == number:
+                    start, clip = opened.popleft()
+                    yield start, start + width, torch.stack(clip)
+                    done += 1
+                more = k < count and (start := min(k * stride, length - width)) < until
+                if more:
+                    opened.append((start, []))
+                    k += 1
         if not done:
             raise ValueError('no frame could be decoded')
     except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
@@ -280,8 +281,7 @@ def find_queries(query):
 def whole_clips(paths, reader):
     """Yields (path, None, None, clip uint8 (T, 3, H, W), or what is wrong with it) for each path."""
     split = data.Split('query', [''], [Video(path) for path in paths], np.zeros(len(paths), np.int64))
-    jobs = np.split(np.arange(len(paths)), np.arange(BATCH, len(paths), BATCH))
-    for job, (frames, read) in zip(jobs, reader.stream(split, jobs, train=False)):
+    for job, (frames, read) in zip(jobs(split), reader.stream(split, jobs(split), train=False)):
         clips = dict(zip(read.tolist(), frames))
         yield from ((paths[i], None, None, clips[i] if i in clips else reader.bad[paths[i]]) for i in job)
 
@@ -318,7 +318,11 @@ def answer(config, classes, rows, method):
             table.writerow([path, *span, classes[np.argmax(scores)], *(f'{score:.4f}' for score in scores)])
             yield start, end, scores
 
-    with open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8') as file:
+    try:
+        file = open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8')
+    except OSError as error:
+        sys.exit(f'Cannot write {config["csv"]}: {error.strerror}.')
+    with file:
         table = csv.writer(file)
         table.writerow(['query', 'start', 'end', 'class', *classes])
         for path, rows_of_path in itertools.groupby(rows, key=lambda row: row[0]):

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import weakref
+from collections import deque
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import clip_loader
 import eval as evaluation
 import predict
 from config import DEFAULTS
+from decode import Video
 from model import class_scores, log_scores, trainable_state
 from reader import ClipMaker
 
@@ -210,6 +212,10 @@ def test_an_unreadable_example_is_left_out_but_not_a_class(call, world, tmp_path
     assert not result.status and '2 classes, 1 to 2 examples' in result.out and str(tmp_path / 'red' / '1.mp4') in result.err
     (tmp_path / 'red' / '0.mp4').unlink()
     assert "Class 'red' has no clip that could be read" in call(support=tmp_path, query=world / 'queries' / 'red.mp4').status
+    (tmp_path / 'blue' / '0.mp4').unlink()
+    (tmp_path / 'blue' / '1.mp4').unlink()
+    (tmp_path / 'red' / '1.mp4').unlink()
+    assert "Class 'blue' has no clip" in call(support=tmp_path, query=world / 'queries' / 'red.mp4').status  # nor has red
     assert 'holds 0 class folders' in call(support=tmp_path / 'red', query=world / 'queries' / 'red.mp4').status
 
 
@@ -252,6 +258,38 @@ def test_windows_take_the_frames_of_their_seconds(tmp_path, kind, window, stride
     for got, expected in zip(found, reference(times, found[-1][1], window, stride, 4), strict=True):
         assert got[:2] == pytest.approx(expected[:2]) and got[2] == expected[2]
     assert 0 < found[-1][1] - times[-1] < 0.5 and found[0][0] == 0  # to the end of the last frame
+
+
+def test_one_window_over_all_is_the_clip(tmp_path):
+    path = str(write_video(tmp_path / 'clip.mp4', map(grey, range(24))))
+    config = dict(DEFAULTS, **OPTIONS, window=60.0, stride=1.0)
+    ((_, _, clip),) = predict.windows(path, config, 32)
+    assert torch.equal(clip, ClipMaker(config, 32).clip(Video(path), None))
+
+
+def test_rotated(tmp_path, monkeypatch):
+    path = str(write_video(tmp_path / 'clip.mp4', map(grey, range(12))))
+    convert = predict.Converter.__call__
+    monkeypatch.setattr(predict.Converter, '__call__', lambda self, frame: np.rot90(convert(self, frame)))  # as it does
+    config = dict(DEFAULTS, **OPTIONS, window=60.0, stride=1.0)
+    assert [frames_of(clip) for *_, clip in predict.windows(path, config, 32)] == [[1, 4, 7, 10]]
+
+
+def test_a_frame_on_show_for_an_hour(tmp_path, monkeypatch):
+    """What a slide show makes, or a wild time stamp: the windows come one after another, none waits in memory."""
+    path = str(write_video(tmp_path / 'slides.mkv', [grey(1), grey(9), grey(5)], times=[0, 1000, 3_601_000]))
+    lengths = []
+
+    class Watched(deque):
+        def append(self, item):
+            super().append(item)
+            lengths.append(len(self))
+
+    monkeypatch.setattr(predict, 'deque', Watched)
+    config = dict(DEFAULTS, **OPTIONS, window=2.0, stride=1.0)
+    found = [frames_of(clip) for *_, clip in predict.windows(path, config, 32)]
+    assert 3600 <= len(found) <= 3602 and found[0] == [1, 1, 9, 9] and found[1800] == [9] * 4
+    assert max(lengths) <= 3
 
 
 def test_memory_is_flat(tmp_path, monkeypatch):
@@ -315,4 +353,6 @@ def test_merge():
 
 def test_needs(call, world):
     assert 'needs --support' in call().status
+    assert 'Cannot write' in call(query=world / 'queries', csv=world / 'none' / 'x.csv').status
+    assert 'Cannot write' in call(save_support=world / 'none' / 'x.pt').status
     assert 'window=-1' in call(query=world, window=-1.0).status
