@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -40,6 +41,8 @@ def test_decoding_equals_sequential_decoding(kinds, name):
         indices = decode.sample_indices(len(expected), frames, rng)
         got = decode.read_frames(kinds[name], lambda n, i=indices: i, 1000)
         assert got.dtype == np.uint8 and np.array_equal(got, expected[indices])
+    for i in range(len(expected)):
+        assert np.array_equal(decode.read_frames(kinds[name], lambda n, i=i: [i], 1000)[0], expected[i])
 
 
 def test_the_number_of_frames_is_counted_not_read_from_the_header(kinds):
@@ -47,6 +50,25 @@ def test_the_number_of_frames_is_counted_not_read_from_the_header(kinds):
         seen = []
         decode.read_frames(kinds[name], lambda n, seen=seen: seen.append(n) or [0], 1000)
         assert seen[-1] == KINDS[name].get('frames', 30), name
+
+
+def test_packets_without_a_frame(kinds, tmp_path):
+    """XviD's placeholders: the frames that come out are counted, not the packets."""
+    path = str(tmp_path / 'placeholders.avi')
+    with av.open(kinds['xvid.avi']) as source, av.open(path, 'w') as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [bytes(packet) for packet in source.demux(video=0) if packet.size]
+        for i in (28, 11, 5):
+            packets.insert(i, b'\0\0\1\xb6\x50\xdf')
+        for i, content in enumerate(packets):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = i
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), i == 0
+            target.mux(packet)
+    expected, seen = sequential(path), []
+    got = decode.read_frames(path, lambda n: seen.append(n) or decode.sample_indices(n, 8), 1000)
+    assert len(expected) < 33 and seen == [33, len(expected)]
+    assert np.array_equal(got, expected[decode.sample_indices(len(expected), 8)])
 
 
 def test_short_side(kinds):
@@ -321,6 +343,12 @@ def test_batches_do_not_depend_on_the_workers(in_process, folder, splits_option,
 def test_a_stream_can_start_at_any_job(in_process, folder, splits_option):
     train, _, _ = read(make_config(folder, splits=splits_option, workers=2), folder, 3, first=3)
     assert same(train, in_process[0][3:])
+
+
+def test_a_video_is_cropped_anew_in_every_job(in_process):
+    config, split = make_config(''), in_process[2]
+    (first, _), (second, _) = reader.ClipReader(dict(config, workers=0), 32).stream(split, [[0, 0], [0, 0]], True)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
 
 
 def test_killed_workers_are_replaced(in_process, folder, splits_option):
