@@ -5,6 +5,7 @@
     ClipReader, Worker, work           the same for whole episodes, in processes that may crash without harm
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -480,20 +481,18 @@ def work(conn, memory, shape, config, image_size, processes):
     torch.set_num_threads(1)
     arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
     maker = ClipMaker(config, image_size, processes)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe, or is gone
+        while True:
             slot, video, seed = conn.recv()
-        except (EOFError, OSError):
-            return
-        error = info = None
-        try:
-            if seed == 'check':
-                info = maker.check(Video(*video))
-            else:
-                arena[slot] = maker.clip(Video(*video), seed)
-        except UnreadableVideo as unreadable:
-            error = str(unreadable)
-        conn.send((slot, error, info))
+            error = info = None
+            try:
+                if seed == 'check':
+                    info = maker.check(Video(*video))
+                else:
+                    arena[slot] = maker.clip(Video(*video), seed)
+            except UnreadableVideo as unreadable:
+                error = str(unreadable)
+            conn.send((slot, error, info))
 
 
 def warn_of_sides(split):
