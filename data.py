@@ -114,8 +114,11 @@ def prepare(config):
 def list_folders(root):
     """Walks a folder -> [(class name, Video), ...]. A folder of images is one video; the class is the folder above a video."""
     folders, names = [], []
-    for entry in os.scandir(root):
-        (folders if entry.is_dir() else names).append(entry.path)
+    try:
+        for entry in os.scandir(root):
+            (folders if entry.is_dir() else names).append(entry.path)
+    except OSError as error:
+        sys.exit(f'Cannot read the folder {root}: {error.strerror}.')
     videos = [path for path in names if path.lower().endswith(VIDEOS)]
     if not videos and any(path.lower().endswith(IMAGES) for path in names):
         return [(os.path.basename(os.path.dirname(root)), Video(root))]
@@ -357,9 +360,14 @@ def check(config):
     listing, verdicts = list_videos(config), read_verdicts(config)
     found = {video: stamp(video) for _, listed in listing.values() for _, _, video in listed if video}
     todo = [video for video, key in found.items() if key not in verdicts]
+    try:
+        os.makedirs(os.path.dirname(verdict_file(config)), exist_ok=True)
+        file = open(verdict_file(config), 'a', encoding='ascii')
+    except OSError as error:
+        sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
     reader = ClipReader(dict(config, workers=max(config['workers'], os.cpu_count())), 1)
     try:
-        with open(verdict_file(config), 'a', encoding='ascii') as file:
+        with file:
             for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
                 verdict = verdicts[found[video]] = frames, note, problem and problem.removeprefix(video.path + ': ')
                 file.write('\n' + json.dumps([found[video], *verdict]))

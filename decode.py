@@ -31,8 +31,11 @@ class UnreadableVideo(Exception):
 
 
 def stamp(video):
-    """What tells a video from others and from itself once its file has changed."""
-    status = os.stat(video.path)
+    """What tells a video from others, and from itself once its file has changed or gone."""
+    try:
+        status = os.stat(video.path)
+    except OSError:
+        return video.path, None, None, video.start, video.end
     return video.path, status.st_size, status.st_mtime_ns, video.start, video.end
 
 

@@ -93,7 +93,7 @@ def test_training_on_damaged_files(faults, capsys):
     try:
         for frames, indices in clips.stream(split, (data.episode(split, 2, 5, 5, 0, i) for i in range(10)), True):
             assert frames.shape == (20, 8, 3, 32, 32) and len(set(indices.tolist())) == 20
-            assert not {split.videos[i].path for i in indices} & clips.bad.keys()
+            assert not {split.videos[i] for i in indices} & clips.bad.keys()
     finally:
         clips.close()
     assert capsys.readouterr().err.count('Warning: unreadable video') == len(clips.bad)

@@ -269,6 +269,14 @@ def test_check(mixed, capsys, monkeypatch):
     assert len(data.load_splits(mixed)['train'].videos) == 13
 
 
+def test_a_link_to_nowhere_is_unreadable(mixed):
+    os.symlink('/nowhere', os.path.join(mixed['data_root'], 'left', 'link.mp4'))
+    config = dict(mixed, annotations=None)
+    data.check(config)
+    assert 'link.mp4' in open(os.path.join(mixed['out_dir'], 'check.txt')).read()
+    assert not [video for video in data.load_splits(config)['train'].videos if 'link.mp4' in video.path]
+
+
 def test_check_tells_whether_training_can_start(mixed):
     with pytest.raises(SystemExit, match="cannot be trained: Class 'left' of split train has 6 videos"):
         data.check(dict(mixed, shot=5))
