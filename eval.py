@@ -21,11 +21,37 @@ from tqdm import tqdm
 
 import clip_loader
 import data
-from config import load_config, resolve_device
+from config import DEFAULTS, load_config, resolve_device
 from model import VBA, class_scores, log_scores, trainable_state
 
 GATHER_BYTES = dict(cpu=2 ** 26, cuda=2 ** 31)  # tokens gathered for one batch of episodes
+MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
+                 'mlp_order', 'frames', 'norm', 'temp', 'resize')
 ENCODE_VIDEOS = 16  # videos encoded at a time
+
+
+def configure(argv):
+    """The command line -> (config, checkpoint or None). A checkpoint brings the options that make the model with it.
+
+    Without a sample config all its options hold but for those on the command line; with one, as in a test across datasets,
+    only those of MODEL_OPTIONS. Stops where the command line asks for another model than the checkpoint's.
+    """
+    config = load_config(argv)
+    if not config['ckpt']:
+        return config, None
+    checkpoint = load_checkpoint(config['ckpt'])
+    saved = checkpoint['config']
+    given = {arg[2:].partition('=')[0] for arg in argv if arg.startswith('--')}
+    if all(arg.startswith('--') for arg in argv):
+        config = load_config(argv, {**DEFAULTS, **saved, 'out_dir': os.path.dirname(config['ckpt'])})
+    changed = [key for key in MODEL_OPTIONS if key in given and config[key] != saved[key]]
+    if changed:
+        sys.exit(f'{config["ckpt"]} is another model: ' + ', '.join(
+            f'{key}={saved[key]!r}, not {config[key]!r}' for key in changed))
+    config.update({key: saved[key] for key in MODEL_OPTIONS}, trained_on=saved['dataset'])
+    if 'clip' not in given:  # it may lie elsewhere on this machine: its hash is checked
+        config['clip'] = saved['clip']
+    return config, checkpoint
 
 
 def load_clip(config):
@@ -72,12 +98,13 @@ def encode_frozen(model, split, reader, device, autocast, draw=None):
 
     Returns a dict: `videos`, the split without the videos that could not be read; `frozen`, what VBA.frozen gives, of all
     videos (V, T, *, D), float16 on CUDA and in training, else float32; `pooled` (V, embed_dim), unit-length mean over
-    frames of plain CLIP's features. draw: None for test frames, or the number of a random draw of frames, crop and flip for training.
+    frames of plain CLIP's features. draw: None for test frames; a number for that random draw of frames, crop and flip.
     """
     jobs = np.split(np.arange(len(split.videos)), np.arange(ENCODE_VIDEOS, len(split.videos), ENCODE_VIDEOS))
     frozen, pooled, read = [], [], []
-    for frames, indices in tqdm(reader.stream(split, jobs, draw is not None, (draw or 0) * len(jobs)), f'encoding {split.name} videos', len(jobs),
-                                unit_scale=ENCODE_VIDEOS, unit='video', leave=False, disable=None):
+    clips = reader.stream(split, jobs, train=draw is not None, first=(draw or 0) * len(jobs))
+    for frames, indices in tqdm(clips, f'encoding {split.name} videos', len(jobs), unit_scale=ENCODE_VIDEOS, unit='video',
+                                leave=False, disable=None):
         if not len(indices):  # none of these could be read
             continue
         with autocast:
@@ -227,16 +254,15 @@ def save_rows(rows, path):
 
 
 def main():
-    config = load_config(sys.argv[1:])
+    config, checkpoint = configure(sys.argv[1:])
     device, dtype = resolve_device(config)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
-    checkpoint = config['ckpt'] and load_checkpoint(config['ckpt'])
+    split = data.load_splits(config)[config['test_split']]
     clip = load_clip(config)
     model = build(config, clip)
     if checkpoint:
         restore(model, clip, checkpoint, config['ckpt'])
     model.to(device)
-    split = data.load_splits(config)[config['test_split']]
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
         rows = evaluate(config, clip, model, split, reader, device, autocast, trained=bool(checkpoint))
