@@ -283,7 +283,7 @@ def whole_clips(paths, reader):
     split = data.Split('query', [''], [Video(path) for path in paths], np.zeros(len(paths), np.int64))
     for job, (frames, read) in zip(jobs(split), reader.stream(split, jobs(split), train=False)):
         clips = dict(zip(read.tolist(), frames))
-        yield from ((paths[i], None, None, clips[i] if i in clips else reader.bad[paths[i]]) for i in job)
+        yield from ((paths[i], None, None, clips[i] if i in clips else reader.bad[split.videos[i]]) for i in job)
 
 
 def all_windows(paths, config, image_size):
