@@ -73,6 +73,7 @@ DEFAULTS = dict(
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
+    probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
     templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
     # predict.py
     support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support

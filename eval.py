@@ -9,6 +9,7 @@ In reading order: building a model (build, load_checkpoint), encoding a split (e
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -158,6 +159,14 @@ def mean_pool(pooled, way, shot):
     return scores
 
 
+def zero_shot(pooled, text, labels, way, shot):
+    """Cosine of a query's mean-pooled CLIP feature to the texts (classes, embed_dim) of its episode's class names."""
+    def scores(part):
+        classes = labels[part[:, :way * shot:shot]]  # (n, N)
+        return pooled[part[:, way * shot:]] @ text[classes].transpose(1, 2)
+    return scores
+
+
 def vba(model, start, tokens, way, shot, mode, temp, autocast):
     """The aggregator on what `encode` kept. mode as in VBA.aggregate."""
     labels = torch.arange(way, device=start.device).repeat_interleave(shot)
@@ -204,43 +213,97 @@ def validate(config, model, encoded, episodes, device, autocast):
     return correct(predict(scores, episodes, token_bytes(tokens), device), way).mean()
 
 
-def evaluate(config, clip, model, split, reader, device, autocast, trained=True):
-    """The table: every method on the same episodes, for each of test_shots. Returns the rows, a list of dicts."""
+def encode_split(config, clip, model, split, reader, device, autocast):
+    """`encode_frozen` of a split, with the time it took printed, and the texts of its class names where CLIP can read them."""
     began = time.time()
     encoded = encode_frozen(model, split, reader, device, autocast)
+    print(f'encoded {len(encoded["videos"].videos)} {split.name} videos in {time.time() - began:.0f} s', flush=True)
+    encoded['missing'] = len(split.videos) - len(encoded['videos'].videos)
+    if clip.vocab_size:
+        try:
+            encoded['text'] = clip_loader.zero_shot_weights(
+                clip, clip_loader.tokenizer_of(clip), split.classes, config['templates']).to(device)
+        except (OSError, ValueError) as error:
+            print(f'no clip-zero-shot row: {error}')
+    return encoded
+
+
+def evaluate(config, clip, model, encoded, device, autocast, trained=True):
+    """The table: every method on the same episodes of encode_split's videos, for each of test_shots.
+
+    Returns the rows, a list of dicts as results.json holds them, and for each row which queries were right, (episodes, M).
+    """
     videos, pooled = encoded['videos'], encoded['pooled']
+    labels, count = torch.from_numpy(videos.labels).to(device), len(videos.videos)
     if trained:
         start, tokens = encode(model, encoded['frozen'], autocast)
-    print(f'encoded {len(videos.videos)} {split.name} videos in {time.time() - began:.0f} s')
-    rows = []
+    probes = {}
+    if trained and config['probe']:  # the same queries with their frames in another order: indices from V, 2V, 3V on
+        orders = dict(reversed=range(config['frames'])[::-1], still=[config['frames'] // 2] * config['frames'],
+                      shuffled=np.random.default_rng(config['seed']).permutation(config['frames']))
+        for number, (name, order) in enumerate(orders.items(), 1):
+            probes[name] = number * count
+            changed = encode(model, [x[:, torch.tensor(list(order), device=x.device)] for x in encoded['frozen']], autocast)
+            start, tokens = torch.cat([start, changed[0]]), [torch.cat(pair) for pair in zip(tokens, changed[1])]
+    rows, rights = [], []
     for shot in config['test_shots']:
-        way, queries = min(config['way'], len(videos.classes)), config['test_queries']
+        way, shot, queries = data.fit_episode(config, videos, config['way'], shot, config['test_queries'])
         episodes, episodes_hash = episode_list(videos, way, shot, queries, config['seed'], config['test_episodes'])
-        methods = [('clip-mean-pool', False, mean_pool(pooled, way, shot), pooled.shape[1] * 4)]
-        for mode in ('joint', 'inductive') if trained and model.mode else ('inductive',) if trained else ():
-            methods.append((f'vba-{mode}', mode == 'joint',
-                            vba(model, start, tokens, way, shot, model.mode and mode, config['temp'], autocast),
-                            token_bytes(tokens)))
-        for method, transductive, scores, size in methods:
+        modes = ('joint', 'inductive') if trained and model.mode else ('inductive',) if trained else ()
+        methods = [('clip-mean-pool', mean_pool(pooled, way, shot), pooled[0].numel() * 4, 0)]
+        if 'text' in encoded:
+            methods.append(('clip-zero-shot', zero_shot(pooled, encoded['text'], labels, way, shot), pooled[0].numel() * 4, 0))
+        for mode in modes:
+            scores = vba(model, start, tokens, way, shot, model.mode and mode, config['temp'], autocast)
+            methods.append((f'vba-{mode}', scores, token_bytes(tokens), 0))
+            if mode == (model.mode or mode):
+                methods += [(f'vba-{mode}, queries {name}', scores, token_bytes(tokens), offset)
+                            for name, offset in probes.items()]
+        for method, scores, size, offset in methods:
             began = time.time()
-            right = correct(predict(scores, episodes, size, device, f'{method} {shot}-shot'), way)
+            shifted = episodes + offset * (np.arange(episodes.shape[1]) >= way * shot)
+            predictions = predict(scores, shifted, size, device, f'{method} {shot}-shot')
+            right = correct(predictions, way)
             accuracy, ci95 = interval(right.mean(1))
-            classes = videos.labels[episodes[:, way * shot:]]
+            true = videos.labels[episodes[:, way * shot:]]
+            guessed = videos.labels[np.take_along_axis(episodes[:, :way * shot:shot], predictions, 1)]
+            confusion = np.zeros((len(videos.classes),) * 2, int)
+            np.add.at(confusion, (true, guessed), 1)
             rows.append(dict(
-                method=method, dataset=config['dataset'], split=split.name, way=way, shot=shot, queries=queries,
-                episodes=len(episodes), episodes_hash=episodes_hash, accuracy=accuracy, ci95=ci95, transductive=transductive,
-                text=False, frames=config['frames'], sampling=config['test_sampling'], backbone=config['clip'],
-                weights_hash=clip.weights_hash, seed=config['seed'], seconds=time.time() - began,
-                videos=len(videos.videos), missing=len(split.videos) - len(videos.videos), selection='val' if trained else None,
-                per_class={name: 100 * right[classes == c].mean() for c, name in enumerate(videos.classes)
-                           if (classes == c).any()}))
+                method=method, dataset=config['dataset'], split=videos.name, way=way, shot=shot, queries=queries,
+                episodes=len(episodes), episodes_hash=episodes_hash, accuracy=accuracy, ci95=ci95,
+                transductive='joint' in method, text=method == 'clip-zero-shot', frames=config['frames'],
+                sampling=config['test_sampling'], backbone=os.path.basename(config['clip']), weights_hash=clip.weights_hash,
+                seed=config['seed'], seconds=time.time() - began, videos=count, missing=encoded['missing'],
+                trained_on=config.get('trained_on', config['dataset']) if method.startswith('vba') else None,
+                selection='val' if method.startswith('vba') else None, classes=videos.classes, confusion=confusion.tolist(),
+                per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(videos.classes))]))
+            rights.append(right)
             print(line(rows[-1]), flush=True)
-    return rows
+    return rows, rights
+
+
+def print_pairs(rows, rights):
+    """Differences between methods on the same episodes: their interval is far tighter than two intervals compared."""
+    for (row, right), (other, base) in itertools.combinations(zip(rows, rights), 2):
+        if row['episodes_hash'] == other['episodes_hash']:
+            mean, half = interval(base.mean(1) - right.mean(1))
+            print(f'{row["shot"]}-shot  {other["method"]} - {row["method"]}: {mean:+.2f} ± {half:.2f} points (paired)')
+
+
+def print_mistakes(row, most=5):
+    """The classes most often taken for another."""
+    confusion = np.array(row['confusion'], float)
+    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    np.fill_diagonal(share, 0)
+    print(f'{row["method"]} {row["shot"]}-shot, most often mistaken:')
+    for true, guessed in list(zip(*np.unravel_index(np.argsort(-share, axis=None), share.shape)))[:most]:
+        print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
 
 
 def line(row):
     """One row of the table, for people."""
-    return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15}'
+    return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15} '
             f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %   {row["episodes"]} episodes ({row["episodes_hash"]}), '
             f'{row["queries"]} query a class, {"transductive" if row["transductive"] else "inductive"}, {row["seconds"]:.1f} s')
 
@@ -265,9 +328,12 @@ def main():
     model.to(device)
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
-        rows = evaluate(config, clip, model, split, reader, device, autocast, trained=bool(checkpoint))
+        encoded = encode_split(config, clip, model, split, reader, device, autocast)
     finally:
         reader.close()
+    rows, rights = evaluate(config, clip, model, encoded, device, autocast, trained=bool(checkpoint))
+    print_pairs(rows, rights)
+    print_mistakes(rows[-1])
     save_rows(rows, os.path.join(config['out_dir'], 'results.json'))
 
 

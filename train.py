@@ -22,9 +22,9 @@ import eval as evaluation
 from config import load_config, resolve_device
 from model import class_scores, episode_loss, log_scores, trainable_state
 
-# options that may change when a run is resumed
-RESUME_FREE = ('resume', 'max_iters', 'eval_interval', 'log_interval', 'device', 'workers', 'out_dir', 'data_root', 'cache_gb',
-               'cache_dir', 'ckpt', 'test_split', 'test_shots', 'test_queries', 'test_episodes', 'prepare')
+# options that a resumed run shares with the run it goes on from
+FIXED = (*evaluation.MODEL_OPTIONS, 'dataset', 'splits', 'augment', 'flip', 'cache_frames', 'cache_prefix', 'loss', 'way',
+         'shot', 'queries', 'meta_batch', 'lr', 'weight_decay', 'warmup_iters', 'decay', 'grad_clip', 'val_episodes', 'seed')
 
 
 def learning_rate(config, i):
@@ -37,11 +37,11 @@ def learning_rate(config, i):
     return config['lr'] * (1 + math.cos(math.pi * done)) / 2
 
 
-def episodes_from(config, split, first):
-    """Endless jobs (meta_batch, B) from step `first` on, each episode a pure function of the seed and its number."""
+def episodes_from(config, split, sizes, first):
+    """Endless jobs (meta_batch, B) of sizes (way, shot, queries) from step `first` on, each a pure function of the seed."""
     size = config['meta_batch']
     while True:
-        yield np.stack([data.episode(split, config['way'], config['shot'], config['queries'], config['seed'], number)
+        yield np.stack([data.episode(split, *sizes, config['seed'], number)
                         for number in range(first * size, (first + 1) * size)])
         first += 1
 
@@ -89,7 +89,7 @@ def main():
     # data and model
     splits = data.load_splits(config)
     train, val, test = splits['train'], splits['val'], splits['test']
-    way, shot, queries = config['way'], config['shot'], config['queries']
+    way, shot, queries = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
     data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
     clip = evaluation.load_clip(config)
     model = evaluation.build(config, clip).to(device)
@@ -108,7 +108,8 @@ def main():
     last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     if config['resume']:
         saved = evaluation.load_checkpoint(last)
-        changed = [key for key in config if key not in RESUME_FREE and saved['config'].get(key) != config[key]]
+        changed = [key for key in FIXED if saved['config'].get(key) != config[key]]
+        changed += ['max_iters'] * (config['decay'] == 'cosine' and saved['config']['max_iters'] != config['max_iters'])
         if changed:
             sys.exit(f'{last} was trained with other options: ' + ', '.join(
                 f'{key}={saved["config"].get(key)!r} (now {config[key]!r})' for key in changed))
@@ -137,10 +138,11 @@ def main():
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
         encoded_val = evaluation.encode_frozen(model, val, reader, device, autocast)
-        val_way = min(way, len(val.classes))
-        val_episodes, _ = evaluation.episode_list(encoded_val['videos'], val_way, 1, config['test_queries'], config['seed'],
+        val_way, _, val_queries = data.fit_episode(config, encoded_val['videos'], min(way, len(val.classes)), 1,
+                                                   config['test_queries'])
+        val_episodes, _ = evaluation.episode_list(encoded_val['videos'], val_way, 1, val_queries, config['seed'],
                                                   config['val_episodes'])
-        jobs = episodes_from(config, train, state['iter'])
+        jobs = episodes_from(config, train, (way, shot, queries), state['iter'])
         if config['cache_prefix']:
             draws = [evaluation.encode_frozen(model, train, reader, device, autocast, draw)['frozen']
                      for draw in range(config['cache_prefix'])]
@@ -206,7 +208,8 @@ def main():
         if not os.path.exists(best):
             return
         evaluation.restore(model, clip, evaluation.load_checkpoint(best, device), best)
-        rows = evaluation.evaluate(config, clip, model, test, reader, device, autocast)
+        encoded_test = evaluation.encode_split(config, clip, model, test, reader, device, autocast)
+        rows, _ = evaluation.evaluate(config, clip, model, encoded_test, device, autocast)
         evaluation.save_rows(rows, os.path.join(out_dir, 'results.json'))
     finally:
         reader.close()

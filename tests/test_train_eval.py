@@ -1,0 +1,240 @@
+"""Training and testing as a user runs them: the scripts themselves, on a few tiny clips and a tiny CLIP with random weights."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from clip_loader import CLIP
+from config import load_config
+from model import class_scores, log_scores
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'demo'))
+SPEED = ['--device=cpu', '--workers=0']
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+    """A folder with eight classes of six clips, a tiny CLIP and a config."""
+    from shapes import write_dataset
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp('world')
+    names = ['move right', 'move left', 'move up', 'move down', 'grow', 'shrink', 'fade in', 'fade out']
+    write_dataset(str(root / 'clips'), 6, workers=1, names=names)
+    torch.manual_seed(0)
+    clip = CLIP(32, 16, 128, 3, 32, vocab_size=514, context_length=40, text_width=64, text_layers=1)
+    torch.save(clip.state_dict(), root / 'clip.pt')
+    (root / 'config.py').write_text(f'''config = dict(
+    dataset='tiny', data_root={str(root / 'clips')!r}, clip={str(root / 'clip.pt')!r}, resize=32, frames=4, levels=2,
+    flip=False, way=2, shot=2, queries=2, meta_batch=2, max_iters=6, eval_interval=3, log_interval=2, val_episodes=10,
+    test_shots=[1, 2], test_episodes=30, lr=1e-3, splits=dict(train={names[:4]}, val={names[4:6]}, test={names[6:]}))
+''')
+    return root
+
+
+class Result:
+    """What one call of a script printed, and its exit message or None."""
+
+    def __init__(self, output, error):
+        self.output, self.error = output, error
+
+
+def run(script, world, *options, check=True):
+    """A script's main() in this process, which spares it the imports."""
+    output, error, handlers = io.StringIO(), None, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    argv, sys.argv = sys.argv, [script.__name__, str(world / 'config.py'), *SPEED, *options]
+    try:
+        with contextlib.redirect_stdout(output):
+            script.main()
+    except SystemExit as stopped:
+        error = str(stopped)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])
+    assert not check or error is None, error
+    return Result(output.getvalue(), error)
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
+
+
+def losses(out_dir):
+    return [(entry['iter'], entry['loss'], entry['accuracy']) for entry in log(out_dir)]
+
+
+def same(a, b):
+    """Checkpoints with the same trained parameters, optimiser and counters, bit for bit."""
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    optimizers = zip(*(c['optimizer']['state'].values() for c in (a, b)))
+    return (a['state'] == b['state'] and all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+            and all(torch.equal(x[key], y[key]) for x, y in optimizers for key in x))
+
+
+@pytest.fixture(scope='session')
+def trained(world):
+    out_dir = world / 'whole'
+    result = run(train, world, f'--out_dir={out_dir}')
+    return out_dir, result.output
+
+
+def test_training_writes_what_it_promises(world, trained):
+    out_dir, output = trained
+    assert [entry['iter'] for entry in log(out_dir)] == [2, 4, 6]
+    rows = json.loads((out_dir / 'results.json').read_text())
+    assert [(row['method'], row['shot']) for row in rows] == [
+        (method, shot) for shot in (1, 2) for method in ('clip-mean-pool', 'clip-zero-shot', 'vba-joint', 'vba-inductive')]
+    for row in rows:
+        assert {'dataset', 'split', 'way', 'queries', 'episodes', 'episodes_hash', 'accuracy', 'ci95', 'frames', 'sampling',
+                'backbone', 'weights_hash', 'seed', 'seconds', 'missing'} <= set(row)
+        assert row['split'] == 'test' and row['transductive'] == (row['method'] == 'vba-joint')
+        assert row['text'] == (row['method'] == 'clip-zero-shot')
+    assert 'validation' in output
+
+
+def test_checkpoint_holds_only_what_trains(trained):
+    checkpoint = torch.load(trained[0] / 'last.pt', weights_only=True)
+    assert not any(name.startswith('visual.') for name in checkpoint['model'])
+    assert len(checkpoint['optimizer']['state']) == len(checkpoint['model'])
+    assert checkpoint['config']['dataset'] == 'tiny' and len(checkpoint['weights_hash']) == 64
+
+
+def test_same_seed_same_run_and_another_seed_another(world, trained):
+    run(train, world, f'--out_dir={world / "again"}', '--workers=1')
+    assert losses(world / 'again') == losses(trained[0]) and same(world / 'again' / 'last.pt', trained[0] / 'last.pt')
+    run(train, world, f'--out_dir={world / "other"}', '--seed=1', '--max_iters=2')
+    assert losses(world / 'other')[0] != losses(trained[0])[0]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(world, trained):
+    out_dir = world / 'resumed'
+    run(train, world, f'--out_dir={out_dir}', '--max_iters=3')
+    run(train, world, f'--out_dir={out_dir}', '--resume=True')
+    assert losses(out_dir)[1:] == losses(trained[0])[1:] and same(out_dir / 'last.pt', trained[0] / 'last.pt')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_run_resumes_bit_for_bit(world, trained, number):
+    out_dir = world / f'killed{int(number)}'
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', world / 'config.py', *SPEED, f'--out_dir={out_dir}'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while process.poll() is None and not (out_dir / 'last.pt').exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait()
+    run(train, world, f'--out_dir={out_dir}', '--resume=True')
+    assert losses(out_dir) == losses(trained[0]) and same(out_dir / 'last.pt', trained[0] / 'last.pt')
+
+
+def test_resume_with_other_options_names_them(world, trained):
+    result = run(train, world, f'--out_dir={trained[0]}', '--resume=True', '--lr=0.5', check=False)
+    assert 'lr=0.001 (now 0.5)' in result.error
+
+
+def test_kept_features_train_like_frames(world):
+    """Without adapters and augmentation one kept draw per video gives the same kind of run, twice the same."""
+    options = ['--temporal_adapter=False', '--augment=none', '--cache_prefix=2', '--max_iters=4']
+    for name in ('kept1', 'kept2'):
+        run(train, world, f'--out_dir={world / name}', *options)
+    assert losses(world / 'kept1') == losses(world / 'kept2')
+
+
+def test_loss_that_is_not_finite_stops(world):
+    result = run(train, world, f'--out_dir={world / "nan"}', '--lr=1e30', '--grad_clip=0.0', check=False)
+    assert 'The loss is nan at step' in result.error and '.mp4' in result.error
+
+
+def test_eval_from_checkpoint_gives_the_same_table(world, trained):
+    out_dir, _ = trained
+    expected = json.loads((out_dir / 'results.json').read_text())
+    run(evaluation, world, f'--ckpt={out_dir / "best.pt"}', f'--out_dir={world / "eval"}')
+    rows = json.loads((world / 'eval' / 'results.json').read_text())
+    for row, other in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k != 'seconds'} == {k: v for k, v in other.items() if k != 'seconds'}
+
+
+def test_eval_without_checkpoint_is_training_free(world):
+    run(evaluation, world, f'--out_dir={world / "free"}')
+    rows = json.loads((world / 'free' / 'results.json').read_text())
+    assert {row['method'] for row in rows} == {'clip-mean-pool', 'clip-zero-shot'}
+
+
+def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
+    ckpt = f'--ckpt={trained[0] / "best.pt"}'
+    result = run(evaluation, world, ckpt, '--levels=1', check=False)
+    assert 'levels=2, not 1' in result.error
+    torch.manual_seed(1)
+    torch.save(CLIP(32, 16, 128, 3, 32).state_dict(), tmp_path / 'other.pt')
+    result = run(evaluation, world, ckpt, f'--clip={tmp_path / "other.pt"}', check=False)
+    assert 'other CLIP weights' in result.error
+    (tmp_path / 'text.pt').write_text('no checkpoint')
+    result = run(evaluation, world, f'--ckpt={tmp_path / "text.pt"}', check=False)
+    assert 'is not a checkpoint' in result.error
+
+
+@pytest.mark.parametrize('mode', ['joint', 'inductive', False])
+def test_cached_episodes_equal_the_model_on_frames(world, mode):
+    """The test's cache against the model run on each episode's frames anew."""
+    config = load_config([str(world / 'config.py'), *SPEED, f'--cross_video={mode}'])
+    clip = evaluation.load_clip(config)
+    model = evaluation.build(config, clip).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * p.requires_grad)
+    split = data.load_splits(config)['test']
+    reader, autocast = data.ClipReader(config, 32), torch.autocast('cpu', enabled=False)
+    encoded = evaluation.encode_frozen(model, split, reader, 'cpu', autocast)
+    start, tokens = evaluation.encode(model, encoded['frozen'], autocast)
+    episodes, _ = evaluation.episode_list(split, 2, 2, 1, 0, 5)
+    scores = evaluation.vba(model, start, tokens, 2, 2, mode, 10.0, autocast)(torch.from_numpy(episodes))
+    for episode, cached in zip(episodes, scores):
+        frames, _ = next(reader.stream(split, [episode], train=False))
+        with torch.no_grad():
+            expected = class_scores(log_scores(model(frames[None], 4), 4, 10.0), torch.tensor([0, 0, 1, 1]))[0]
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
+    reader.close()
+
+
+def test_episode_list_depends_on_seed_and_videos_alone(world):
+    split = data.load_splits(load_config([str(world / 'config.py')]))['train']
+    episodes, name = evaluation.episode_list(split, 3, 2, 1, 7, 20)
+    again, same_name = evaluation.episode_list(split, 3, 2, 1, 7, 20)
+    assert np.array_equal(episodes, again) and name == same_name
+    assert evaluation.episode_list(split, 3, 2, 1, 8, 20)[1] != name
+    for episode in episodes:
+        classes = split.labels[episode]
+        assert (classes[:6].reshape(3, 2) == classes[6:, None]).all() and len(set(classes)) == 3 and len(set(episode)) == 9
+
+
+def test_interval_by_hand():
+    mean, half = evaluation.interval(np.array([0.0, 1.0, 1.0, 0.0]))
+    assert mean == 50 and half == pytest.approx(196 * (1 / 3) ** 0.5 / 2)
+
+
+def test_mean_pool_by_hand():
+    pooled = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.9, 0.1], [0.1, 0.9]]), dim=-1)
+    scores = evaluation.mean_pool(pooled, 1, 2)(torch.tensor([[0, 1, 3]]))
+    prototype = (pooled[0] + pooled[1]) / (pooled[0] + pooled[1]).norm()
+    torch.testing.assert_close(scores[0, 0, 0], prototype @ pooled[3])
+    assert evaluation.predict(evaluation.mean_pool(pooled, 2, 1), np.array([[0, 2, 3, 4]]), 8, 'cpu').tolist() == [[0, 1]]
+
+
+def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained):
+    run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--probe=True', '--test_shots=[1]',
+        f'--out_dir={world / "probe"}')
+    methods = [row['method'] for row in json.loads((world / 'probe' / 'results.json').read_text())]
+    assert [m for m in methods if 'queries' in m] == [f'vba-joint, queries {p}' for p in ('reversed', 'still', 'shuffled')]
