@@ -20,8 +20,8 @@ sys.path.insert(0, ROOT)
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
-SEEDS = [int(seed) for seed in (sys.argv[1:] or '012')]
-COMMON = ['--max_iters=300', '--eval_interval=150', '--test_shots=[1]', '--test_episodes=3000', '--cache_prefix=1', '--workers=1']
+COMMON = ['--max_iters=300', '--eval_interval=150', '--test_shots=[1]', '--test_episodes=3000', '--cache_prefix=1',
+          '--workers=1']
 ROWS = {  # label: options
     'the demo: no adapter, four levels, joint, serial, class': [],
     'cross-video attention: inductive': ['--cross_video=inductive'],
@@ -65,11 +65,12 @@ def run(options, seed):
 
 
 def main():
+    seeds = [int(seed) for seed in (sys.argv[1:] or '012')]
     evaluation.encode_frozen = keep(evaluation.encode_frozen)
     table = {label: [] for label in ROWS}
-    for seed, (label, options) in tqdm([(seed, item) for seed in SEEDS for item in ROWS.items()], disable=None):
+    for seed, (label, options) in tqdm([(seed, item) for seed in seeds for item in ROWS.items()], disable=None):
         table[label].append(run(options, seed))
-    print(f'moving shapes, test, 5-way 1-shot, 3000 episodes, 300 steps, seeds {", ".join(map(str, SEEDS))}\n')
+    print(f'moving shapes, test, 5-way 1-shot, 3000 episodes, 300 steps, seeds {", ".join(map(str, seeds))}\n')
     print('| | joint | inductive |\n| --- | --- | --- |')
     for label, runs in table.items():
         cells = []
