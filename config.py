@@ -73,6 +73,7 @@ DEFAULTS = dict(
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
+    attention=None,            # a clip to draw: its frames above each level's attention, and its scores
     probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
     templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
     # predict.py
@@ -93,11 +94,11 @@ CHOICES = dict(
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     compile=('auto', True, False), test_split=('train', 'val', 'test'),
 )
-TYPES = dict(annotations=(str, list), image_size=int, splits=dict, prepare=str, sheet=str, cache_dir=str, out_dir=str,
-             ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
+TYPES = dict(attention=str, annotations=(str, list), image_size=int, splits=dict, prepare=str, sheet=str, cache_dir=str,
+             out_dir=str, ckpt=str, support=str, query=(str, list), save_support=str, csv=str)  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
-PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
+PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 

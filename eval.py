@@ -22,8 +22,11 @@ from tqdm import tqdm
 
 import clip_loader
 import data
+import pictures
 from config import DEFAULTS, load_config, resolve_device
-from model import VBA, class_scores, log_scores, trainable_state
+from decode import UnreadableVideo, Video
+from model import VBA, class_scores, inductive_mask, log_scores, trainable_state
+from reader import ClipMaker
 
 GATHER_BYTES = dict(cpu=2 ** 26, cuda=2 ** 31)  # tokens gathered for one batch of episodes
 MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
@@ -301,6 +304,33 @@ def print_mistakes(row, most=5):
         print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
 
 
+@torch.no_grad()
+def draw_attention(config, model, encoded, image_size, device, autocast, path):
+    """The picture of the clip config['attention']: where each level's query looks in its frames, averaged over heads, and the
+    scores of all classes of the split, from as many examples each as the largest of test_shots, in inductive mode."""
+    videos = encoded['videos']
+    supports = np.concatenate([members[:max(config['test_shots'])] for members in videos.members])
+    try:
+        frames = ClipMaker(config | dict(cache_gb=0.0, cache_dir=None), image_size).clip(Video(config['attention']), None)
+    except UnreadableVideo as error:
+        sys.exit(f'--attention: {error}')
+    weights = []
+    with autocast:
+        own, _ = model.frozen(frames[None].to(device))
+        tokens = model.tokens(model.kept([torch.cat([x[supports], y.to(x.dtype)]) for x, y in zip(encoded['frozen'], own)]))
+        q = model.query.expand(1, len(supports) + 1, -1)  # one episode: the supports, then the clip
+        mask = inductive_mask(q.shape[1], len(supports), device)
+        for level, x in zip(model.levels, tokens):
+            weight = level.frame_attn.folded_weights(level.ln_frame(q[0, -1]), x[-1], level.ln_tokens).mean(0)  # (T*L,)
+            patches = weight.float().unflatten(0, (len(frames), -1))[:, -model.visual.grid ** 2:]  # without a class token
+            weights.append(patches.unflatten(1, (model.visual.grid,) * 2).cpu().numpy())
+            q = level.cross_frame(q, x[None])
+            q = level.cross_video(q, mask) if model.mode else q
+    scores = class_scores(log_scores(q, len(supports), config['temp']), torch.from_numpy(videos.labels[supports]).to(device))
+    pictures.attention(frames, weights, dict(zip(videos.classes, scores[0, 0].tolist())), path)
+    print(f'wrote {path}')
+
+
 def line(row):
     """One row of the table, for people."""
     return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15} '
@@ -334,6 +364,11 @@ def main():
     rows, rights = evaluate(config, clip, model, encoded, device, autocast, trained=bool(checkpoint))
     print_pairs(rows, rights)
     print_mistakes(rows[-1])
+    os.makedirs(config['out_dir'], exist_ok=True)
+    pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
+    if config['attention']:
+        draw_attention(config, model, encoded, clip.visual.image_size, device, autocast,
+                       os.path.join(config['out_dir'], 'attention.png'))
     save_rows(rows, os.path.join(config['out_dir'], 'results.json'))
 
 

@@ -19,6 +19,7 @@ import torch
 
 import data
 import eval as evaluation
+import pictures
 from config import load_config, resolve_device
 from model import class_scores, episode_loss, log_scores, trainable_state
 
@@ -210,6 +211,7 @@ def main():
         evaluation.restore(model, clip, evaluation.load_checkpoint(best, device), best)
         encoded_test = evaluation.encode_split(config, clip, model, test, reader, device, autocast)
         rows, _ = evaluation.evaluate(config, clip, model, encoded_test, device, autocast)
+        pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
         evaluation.save_rows(rows, os.path.join(out_dir, 'results.json'))
     finally:
         reader.close()

@@ -9,12 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from make_clips import KINDS, picture, write_clip, write_folder
 
 import data
 import decode
 import reader
 from config import DEFAULTS
+from make_clips import KINDS, picture, write_clip, write_folder
 
 # ---- Decoding
 

@@ -4,12 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from make_clips import KINDS, write_clip, write_folder
 
 import data
 import decode
 import reader
 from config import DEFAULTS
+from make_clips import KINDS, write_clip, write_folder
 
 SECONDS = 5  # more than any of these small files may take
 

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from make_clips import picture, write_clip, write_folder
 
 import data
 import decode
 import reader
 from config import DEFAULTS, load_config
+from make_clips import picture, write_clip, write_folder
 
 ROOT = pathlib.Path(data.__file__).parent
 
