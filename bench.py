@@ -1,0 +1,458 @@
+"""Speed and memory, ours and others', side by side: contestants take turns in one run, whatever else the machine does.
+
+    python bench.py decode [--folder=clips]       frames of a file, against PyAV, decord, torchcodec, OpenCV if installed
+    python bench.py encode [--images=80]          the frozen ViT, against open_clip's if installed
+    python bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor
+    python bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
+
+More options: --rounds=5, --episodes=64, --out=table.json, and all of config.py's. Weights are random unless --clip= names
+some: speed is the same. On a CPU OMP_NUM_THREADS says how many threads compute.
+"""
+
+import copy
+import functools
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from fractions import Fraction
+from importlib import metadata
+from multiprocessing import get_context
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import eval as evaluation
+from config import DEFAULTS, load_config, resolve_device
+from decode import VIDEOS, Converter, Video, read_frames, sample_indices
+from model import episode_loss, log_scores
+from reader import ClipMaker
+
+OPTIONS = dict(folder='', out='', rounds=5, images=80, videos=100, episodes=64)  # besides config.py's
+SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
+
+
+# ---- taking turns ----------------------------------------------------------------------------------------------------------
+
+def race(contestants, rounds):
+    """{name: function} -> {name: seconds (rounds,)}. One warm-up each, then A, B, ..., A, B, ...; CUDA is waited for."""
+    seconds = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, function in contestants.items():
+            wait()
+            began = time.perf_counter()
+            function()
+            wait()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rows_of(seconds, base, work, unit, **more):
+    """Table rows: work per second at the fastest and the median round, and the speed-up over contestant `base` there."""
+    return [{**more, 'method': name, f'{unit}/s best': work / times.min(), f'{unit}/s median': work / np.median(times),
+             'ratio best': seconds[base].min() / times.min(), 'ratio median': np.median(seconds[base]) / np.median(times)}
+            for name, times in seconds.items()]
+
+
+def show(rows, out, **about):
+    """Prints rows as a Markdown table below what they were measured on; --out= also gets them as JSON."""
+    where = dict(machine=f'{cpu_name()}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
+                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, torch=torch.__version__,
+                 python=platform.python_version(), commit=commit(), load=round(os.getloadavg()[0], 1), **about)
+    print(', '.join(f'{key} {value}' for key, value in where.items()) + '\n')
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print('| ' + ' | '.join(names) + ' |\n|' + ' --- |' * len(names))
+    for row in rows:
+        values = (row.get(name, '') for name in names)
+        print('| ' + ' | '.join(f'{value:.3g}' if isinstance(value, float) else str(value) for value in values) + ' |')
+    if out:
+        with open(out, 'w') as file:
+            json.dump(dict(where=where, rows=rows), file, indent=1)
+
+
+def cpu_name():
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            return next((line.split(': ')[1].strip() for line in file if line.startswith('model name')), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=os.path.dirname(os.path.abspath(__file__)),
+                         capture_output=True, text=True)
+    return run.stdout.strip() or None
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------------
+
+FAMILIES = {  # file: (codec, size, frames, rate, encoder's options), as datasets have them
+    'ucf_like.avi': ('mpeg4', (320, 240), 175, 25, dict(bf='2', g='250', b='600k')),
+    'ssv2_like.webm': ('libvpx-vp9', (427, 240), 48, 12, {'deadline': 'realtime', 'cpu-used': '6', 'b': '300k'}),
+    'kinetics_like.mp4': ('libx264', (340, 256), 300, 30, dict(preset='veryfast', bf='3', g='250')),
+    '720p.mp4': ('libx264', (1280, 720), 180, 30, dict(preset='veryfast', bf='3', g='60')),
+}
+
+
+def make_clips():
+    """The clips of FAMILIES, made once -> their paths: two textures that move against each other."""
+    folder = os.path.join(tempfile.gettempdir(), 'bench_clips')
+    os.makedirs(folder, exist_ok=True)
+    for name, (codec, (width, height), count, rate, options) in FAMILIES.items():
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            continue
+        noise = torch.rand(2, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+        layers = F.interpolate(noise, (height, width), mode='bicubic').mul(255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        with av.open(path + '.tmp', 'w', format=name.split('.')[1]) as container:
+            stream = container.add_stream(codec, rate=Fraction(rate), options=options)
+            stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
+            for i in range(count):
+                back, front = np.roll(layers[0], (i, 3 * i), (0, 1)), np.roll(layers[1], -4 * i, 1)
+                back[height // 4:height // 2] = front[height // 4:height // 2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(back, 'rgb24')))
+            container.mux(stream.encode(None))
+        os.replace(path + '.tmp', path)
+    return [os.path.join(folder, name) for name in FAMILIES]
+
+
+def smaller(frames):
+    """uint8 (n, h, w, 3) -> short side SIDE."""
+    height, width = frames.shape[1:3]
+    scale = min(1, SIDE / min(height, width))
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)
+    size = round(height * scale), round(width * scale)
+    x = F.interpolate(x, size, mode='bilinear', antialias=True) if scale < 1 else x
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+def with_ours(path):
+    return read_frames(path, lambda n: sample_indices(n, FRAMES), SIDE)
+
+
+def with_pyav(path):
+    with av.open(path) as container:
+        frames = [frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)]
+    return smaller(np.stack([frames[i] for i in sample_indices(len(frames), FRAMES)]))
+
+
+def with_decord(path):
+    import decord
+    reader = decord.VideoReader(path, num_threads=1)
+    return smaller(reader.get_batch(sample_indices(len(reader), FRAMES)).asnumpy())
+
+
+def with_torchcodec(path):
+    from torchcodec.decoders import VideoDecoder
+    decoder = VideoDecoder(path, dimension_order='NHWC', num_ffmpeg_threads=1, seek_mode='exact')
+    return smaller(decoder.get_frames_at(sample_indices(len(decoder), FRAMES).tolist()).data)
+
+
+def with_opencv(path):
+    import cv2
+    cv2.setNumThreads(1)
+    capture, frames = cv2.VideoCapture(path), {}
+    wanted = sample_indices(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), FRAMES)
+    for i in range(wanted[-1] + 1):
+        if capture.grab() and i in wanted:
+            frames[i] = cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+    return smaller(np.stack([frames[i] for i in wanted]))
+
+
+@functools.cache  # one in each process, as in training
+def clip_maker():
+    return ClipMaker({**DEFAULTS, 'cache_dir': os.path.join(tempfile.gettempdir(), 'bench_kept')}, 224)
+
+
+def from_cache(path):
+    return clip_maker().frames(Video(path), [0])
+
+
+READERS = {'PyAV, every frame': with_pyav, 'ours': with_ours, 'ours, kept frames': from_cache, 'decord': with_decord,
+           'torchcodec': with_torchcodec, 'OpenCV': with_opencv}
+
+
+def right_frames(name, path):
+    """How many of the frames are those of sequential decoding; ours must be so to the bit."""
+    convert = Converter(SIDE)
+    with av.open(path) as container:
+        every = np.stack([convert(frame) for frame in container.decode(video=0)])
+    wanted = sample_indices(len(every), FRAMES)
+    got = READERS[name](path)
+    if name == 'ours':
+        return int(sum(np.array_equal(x, every[i]) for x, i in zip(got, wanted)))
+    thumbnails = [F.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2).float(), (64, 64), mode='area') for x in (got, every)]
+    return int((torch.cdist(*(x.flatten(1) for x in thumbnails)).argmin(1).numpy() == wanted).sum())
+
+
+def attempt(name, path):
+    """'' if a reader reads this file, else why not: it is not installed, or it fails."""
+    try:
+        READERS[name](path)
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ""}'
+    return ''
+
+
+def work(task):
+    name, path = task
+    READERS[name](path)
+
+
+def decode(options, config):
+    """Two processes (--workers=) read the same clip at once, as a loader's workers do; PyAV's threads are its defaults."""
+    paths = make_clips()
+    if options['folder']:
+        folder = options['folder']
+        paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(VIDEOS)]
+    workers, rows = max(1, config['workers']), []
+    for path in paths:  # before the workers look for what is kept
+        attempt('ours, kept frames', path)
+    with get_context('spawn').Pool(workers, torch.set_num_threads, (1,)) as pool:
+        for path in paths:
+            failed = {name: pool.apply(attempt, (name, path)) for name in READERS}
+            if failed['PyAV, every frame'] or failed['ours']:
+                print(f'{path} left out: ' + (failed['PyAV, every frame'] or failed['ours']))
+                continue
+            seconds = race({name: lambda name=name, path=path: pool.map(work, [(name, path)] * 2 * workers, 1)
+                            for name in READERS if not failed[name]}, options['rounds'])
+            for row in rows_of(seconds, 'PyAV, every frame', 2 * workers, 'clips', clip=os.path.basename(path)):
+                if row['method'] != 'ours, kept frames':  # training frames: others
+                    row['right frames'] = f'{pool.apply(right_frames, (row["method"], path))} of {FRAMES}'
+                rows.append(row)
+            print(path, *(f'- {name}: {why}' for name, why in failed.items() if why), sep='\n', flush=True)
+    packages = {name: version_of(name) for name in ('av', 'decord', 'torchcodec', 'opencv-python-headless')}
+    show(rows, options['out'], workers=workers, **packages)
+
+
+def version_of(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'none'
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------------
+
+class Anything(types.ModuleType):
+    """A module that has every name: stands for torchvision."""
+    __path__ = ()
+
+    def __getattr__(self, name):
+        return sys.modules.get(f'{self.__name__}.{name}') or type(name, (), dict.fromkeys(('BICUBIC', 'BILINEAR')))
+
+
+def open_clip_tower(visual):
+    """open_clip's image tower with our weights, or None. It imports torchvision, of which nothing is used here."""
+    if not importlib.util.find_spec('open_clip'):
+        return None
+    importlib.import_module('transformers')  # before the stand-in, which it would take for the real thing
+    if 'torchvision' not in sys.modules and not importlib.util.find_spec('torchvision'):
+        names = ['torchvision' + tail for tail in ('', '.transforms', '.transforms.functional', '.ops', '.ops.misc')]
+        sys.modules.update({name: Anything(name) for name in names})
+    import open_clip
+    width, embed_dim = visual.proj.shape
+    tower = open_clip.transformer.VisionTransformer(
+        visual.image_size, visual.conv1.kernel_size[0], width, len(visual.transformer.resblocks), width // 64, 4.0,
+        output_dim=embed_dim, act_layer=open_clip.transformer.QuickGELU)
+    tower.load_state_dict(visual.state_dict())
+    return tower.eval().to(visual.proj.device)
+
+
+@torch.no_grad()
+def encode(options, config):
+    """Our frozen part from uint8 pixels, keeping what the aggregator needs; open_clip's tower from ready float images."""
+    device, dtype = resolve_device(config)
+    clip = evaluation.load_clip(config)
+    model = evaluation.build({**config, 'temporal_adapter': False}, clip).to(device)
+    half = copy.deepcopy(model)
+    half.visual.bfloat16()
+    videos, size = -(-options['images'] // config['frames']), clip.visual.image_size
+    frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
+    contestants = {'ours, fp32': lambda: model.frozen(frames, head=True)[1].flatten(0, 1),
+                   'ours, bf16 weights': lambda: half.frozen(frames, head=True)[1].flatten(0, 1)}
+    base, tower = 'ours, fp32', open_clip_tower(model.visual)
+    if tower:
+        images, base = model.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
+        contestants = {base: lambda: tower(images), **contestants}
+    rows = rows_of(race(contestants, options['rounds']), base, videos * config['frames'], 'images')
+    reference = contestants[base]().float()
+    for row in rows:
+        row['lowest cosine'] = f'{F.cosine_similarity(contestants[row["method"]]().float(), reference).min():.6f}'
+    show(rows, options['out'], device=device, images=videos * config['frames'], open_clip=version_of('open_clip_torch'))
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------------
+
+class Projected(nn.Module):
+    """Cross-frame attention as it is usually written: nn.MultiheadAttention, which projects every token to key and value."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(attention.out_proj.in_features, attention.heads, batch_first=True)
+        self.mha.load_state_dict(attention.state_dict())
+
+    def folded(self, q, x, ln, mask=None):
+        tokens = (x * ln.weight + ln.bias).flatten(0, -3)
+        return self.mha(q.reshape(-1, 1, q.shape[-1]), tokens, tokens, need_weights=False)[0].view_as(q)
+
+
+def projected(model):
+    """A copy of a model that gives the same answers from unfolded attention."""
+    model = copy.deepcopy(model)
+    for level in model.levels:
+        level.frame_attn = Projected(level.frame_attn).to(model.query.device)
+    return model
+
+
+def stepper(model, frames, config, device, dtype):
+    """-> a function that does one step of train.py on ready frames and returns the loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    cuda = torch.device(device).type == 'cuda'
+    optimizer = torch.optim.AdamW(parameters, config['lr'], weight_decay=config['weight_decay'], fused=cuda)
+    scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
+    supports, queries = (torch.arange(config['way'], device=device).repeat_interleave(config[n]) for n in ('shot', 'queries'))
+    forward = torch.compile(model) if config['compile'] is True or (config['compile'] == 'auto' and cuda) else model
+
+    def step():
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
+            features = forward(frames, len(supports))
+        loss = episode_loss(log_scores(features, len(supports), config['temp']), supports, queries, config['loss'])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, config['grad_clip'] or float('inf'))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.item()
+    return step
+
+
+def count(model, frames, n_support):
+    """FLOPs of a step (multiply and add counted): frozen forward, trained part's forward, backward; and bytes that must move:
+    float32 weights read, trained ones 9 times read or written (forward, backward, gradient, AdamW's two moments, update)."""
+    flops, aten = [], torch.ops.aten
+    attention = {  # PyTorch counts that of CUDA, not this
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        frozen = model.frozen(frames)[0]
+        flops.append(counter.get_total_flops())
+        features = model.features(frozen, n_support)
+        flops.append(counter.get_total_flops() - sum(flops))
+        features.sum().backward()
+        flops.append(counter.get_total_flops() - sum(flops))
+    model.zero_grad()
+    weights = sum(p.numel() * (9 if p.requires_grad else 1) for p in model.parameters()) * 4
+    return flops, weights + 3 * sum(x.numel() * x.element_size() for x in frozen)  # tokens: written, read, read in backward
+
+
+def machine(device, dtype):
+    """What the hardware gives here -> (FLOP/s of an MLP's product, bytes/s read and written in a copy), best of 5."""
+    cuda = torch.device(device).type == 'cuda'
+    rows = 2 ** 16 if cuda else 1200
+    a, b = torch.randn(rows, 768, device=device, dtype=dtype), torch.randn(768, 3072, device=device, dtype=dtype)
+    x = torch.randn(2 ** 28 if cuda else 2 ** 24, device=device)
+    y = torch.empty_like(x)
+    seconds = race(dict(mm=lambda: [a @ b for _ in range(4)], copy=lambda: [y.copy_(x) for _ in range(4)]), 5)
+    return 8 * rows * 768 * 3072 / seconds['mm'].min(), 32 * x.numel() / seconds['copy'].min()
+
+
+def train(options, config):
+    """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates."""
+    device, dtype = resolve_device(config)
+    torch.set_float32_matmul_precision('high')
+    clip, rows = evaluation.load_clip(config), []
+    size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
+    shape = config['meta_batch'], videos, config['frames'], 3, size, size
+    frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    for adapter in (False, True):
+        model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
+        flops, moved = count(model, frames, config['way'] * config['shot'])
+        steps = {'ours': stepper(model, frames, config, device, dtype),
+                 'nn.MultiheadAttention': stepper(projected(model), frames, config, device, dtype)}
+        peaks, losses = {}, []
+        for name, step in steps.items():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            losses.append(step())
+            peaks[name] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else ''
+        if abs(losses[0] - losses[1]) > 1e-2 * abs(losses[1]):
+            sys.exit(f'The two models are not equal: losses {losses} at the first step.')
+        seconds = race(steps, options['rounds'])
+        rate, bandwidth = machine(device, dtype)
+        floor = max(sum(flops) / rate, moved / bandwidth)
+        print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward), '
+              f'{moved / 1e9:.2f} GB; {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: floor {1000 * floor:.0f} ms')
+        for row in rows_of(seconds, 'nn.MultiheadAttention', frames.shape[0] * videos, 'videos', adapters=adapter):
+            median = np.median(seconds[row['method']])
+            rows.append({**row, 'ms median': 1000 * median, 'of the floor': f'{100 * floor / median:.0f} %' if
+                         row['method'] == 'ours' else '', 'peak GB': peaks[row['method']]})
+    show(rows, options['out'], device=device, dtype=str(dtype), videos=frames.shape[0] * videos, clip=config['clip'])
+
+
+# ---- eval ------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def eval_(options, config):
+    """5-way 5-shot episodes with 1 and 5 queries a class from random tokens in memory; anew: encoding each one's videos."""
+    device, dtype = resolve_device(config)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
+    clip = evaluation.load_clip(config)
+    model = evaluation.build({**config, 'cross_video': 'joint'}, clip).to(device)
+    width, dim = clip.visual.grid ** 2 * config['frames'], clip.visual.proj.shape[0]
+    kept = torch.float16 if torch.device(device).type == 'cuda' else torch.float32
+    start = torch.randn(options['videos'], dim, device=device)
+    tokens = [torch.randn(options['videos'], width, dim, device=device).to(kept) for _ in range(config['levels'] - 1)]
+    size, rows, rng = evaluation.token_bytes(tokens), [], np.random.default_rng(0)
+    for videos in (30, 50):
+        episodes = np.stack([rng.permutation(options['videos'])[:videos] for _ in range(options['episodes'])])
+        scores = evaluation.vba(model, start, tokens, 5, 5, 'joint', config['temp'], autocast)
+        frames = torch.randint(256, (1, videos, config['frames'], 3, *2 * [clip.visual.image_size]), dtype=torch.uint8)
+
+        def anew(frames=frames):
+            with autocast:
+                model(frames.to(device), 25)
+
+        kept_tokens = functools.partial(evaluation.predict, scores, episodes, size, device)
+        seconds = race({'kept tokens': kept_tokens, 'each anew': anew}, options['rounds'])
+        seconds['kept tokens'] /= len(episodes)
+        rows += rows_of(seconds, 'each anew', 1, 'episodes', **{'videos an episode': videos})
+    rate, bandwidth = machine(device, dtype)
+    show(rows, options['out'], device=device, dtype=str(dtype), clip=config['clip'], bytes_per_video=size + 4 * dim,
+         GFLOPs_mm=round(rate / 1e9), GBs_copy=round(bandwidth / 1e9, 1))
+
+
+def main():
+    """Splits off the options of OPTIONS and hands the rest to config.py."""
+    commands, argv = dict(decode=decode, encode=encode, train=train, eval=eval_), sys.argv[1:]
+    if not argv or argv[0] not in commands:
+        sys.exit(__doc__)
+    options, rest = dict(OPTIONS), []
+    for arg in argv[1:]:
+        key, _, value = arg[2:].partition('=')
+        if arg.startswith('--') and key in OPTIONS:
+            options[key] = type(OPTIONS[key])(value)
+        else:
+            rest.append(arg)
+    config = load_config(rest, {**DEFAULTS, 'clip': 'random:ViT-B/32'})
+    commands[argv[0]](options, config)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,77 @@
+"""Every sub-command of bench.py runs, at a tiny size, and writes the table it prints."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import bench
+
+CLIP = '--clip=' + os.path.join(os.path.dirname(bench.__file__), 'demo', 'tiny_clip.pt')
+SMALL = (CLIP, '--frames=2', '--rounds=1', '--device=cpu')
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, capsys):
+    """A function that runs bench.py with these arguments -> its rows."""
+    monkeypatch.setattr(bench.tempfile, 'gettempdir', lambda: str(tmp_path))
+    monkeypatch.setattr(bench, 'machine', lambda device, dtype: (1e11, 1e10))
+
+    def run(*argv):
+        monkeypatch.setattr('sys.argv', ['bench.py', *argv, f'--out={tmp_path}/table.json'])
+        bench.main()
+        rows = json.loads((tmp_path / 'table.json').read_text())['rows']
+        printed = capsys.readouterr().out
+        assert rows and all(row['method'] in printed for row in rows)
+        return rows
+    return run
+
+
+def test_decode(table, monkeypatch):
+    family = {'a.mp4': ('libx264', (64, 48), 20, 25, dict(g='10', bf='2')), 'b.avi': ('mpeg4', (64, 48), 20, 25, {})}
+    monkeypatch.setattr(bench, 'FAMILIES', family)
+    bench.clip_maker.cache_clear()
+    rows = table('decode', '--rounds=1', '--workers=1')
+    ours = [row for row in rows if row['method'] == 'ours']
+    assert len(ours) == 2 and all(row['right frames'] == '8 of 8' and row['clips/s best'] > 0 for row in ours)
+    assert {row['method'] for row in rows} >= {'PyAV, every frame', 'ours, kept frames'}
+
+
+def test_encode(table):
+    rows = {row['method']: row for row in table('encode', '--images=4', *SMALL)}
+    assert float(rows['ours, fp32']['lowest cosine']) > 0.99999
+    assert float(rows['ours, bf16 weights']['lowest cosine']) > 0.99
+
+
+def test_train(table):
+    rows = table('train', '--way=2', '--shot=1', '--queries=1', '--meta_batch=2', *SMALL)
+    assert [(row['method'], row['adapters']) for row in rows] == [
+        (name, adapter) for adapter in (False, True) for name in ('ours', 'nn.MultiheadAttention')]
+
+
+def test_eval(table):
+    rows = table('eval', '--videos=50', '--episodes=2', *SMALL)
+    assert [row['videos an episode'] for row in rows] == [30, 30, 50, 50]
+
+
+def test_projected_attention_is_the_same_function():
+    config = bench.load_config([CLIP, '--frames=2'])
+    clip = bench.evaluation.load_clip(config)
+    model = bench.evaluation.build(config, clip)
+    frames = torch.randint(256, (2, 4, 2, 3, 64, 64), dtype=torch.uint8)
+    torch.testing.assert_close(bench.projected(model)(frames, 2), model(frames, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_flops_of_the_frozen_part():
+    """By hand: a block is 12 D^2 products a token and 2 L D of attention, beside the patches' embedding."""
+    config = bench.load_config([CLIP, '--frames=2', '--temporal_adapter=False'])
+    clip = bench.evaluation.load_clip(config)
+    visual = clip.visual
+    model = bench.evaluation.build(config, clip)
+    frames = torch.zeros(1, 2, 2, 3, 64, 64, dtype=torch.uint8)
+    (frozen, forward, backward), moved = bench.count(model, frames, 1)
+    dim, tokens, layers = visual.proj.shape[0], visual.grid ** 2 + 1, len(visual.transformer.resblocks)
+    by_hand = 2 * 4 * (layers * tokens * (12 * dim + 2 * tokens) * dim + (tokens - 1) * visual.conv1.weight.numel())
+    assert frozen == pytest.approx(by_hand, rel=0.01)
+    assert 0 < forward < backward and moved > 0
