@@ -327,7 +327,8 @@ def draw_attention(config, model, encoded, image_size, device, autocast, path):
             q = level.cross_frame(q, x[None])
             q = level.cross_video(q, mask) if model.mode else q
     scores = class_scores(log_scores(q, len(supports), config['temp']), torch.from_numpy(videos.labels[supports]).to(device))
-    pictures.attention(frames, weights, dict(zip(videos.classes, scores[0, 0].tolist())), path)
+    scores = scores[0, 0] / scores[0, 0].sum()
+    pictures.attention(frames, weights, dict(zip(videos.classes, scores.tolist())), path)
     print(f'wrote {path}')
 
 

@@ -85,7 +85,12 @@ def main():
         torch.use_deterministic_algorithms(True)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
     out_dir = config['out_dir']
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        save(os.path.join(out_dir, 'writable'), {})
+        os.remove(os.path.join(out_dir, 'writable'))
+    except (OSError, RuntimeError) as error:
+        sys.exit(f'Cannot write into out_dir={out_dir}: {error}')
 
     # data and model
     splits = data.load_splits(config)

@@ -30,8 +30,6 @@ ROWS = {  # label: options
     'MLP: parallel (as printed)': ['--mlp_order=parallel'],
     'loss: pairwise (as printed)': ['--loss=pairwise'],
     'temporal adapter: on': ['--temporal_adapter=True'],
-    'temporal embedding starts at zero': ['--alpha_init=zero'],
-    'attention without projections (as printed)': ['--attn_proj=False'],
 }
 
 
