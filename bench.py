@@ -258,6 +258,8 @@ class Anything(types.ModuleType):
     __path__ = ()
 
     def __getattr__(self, name):
+        if name.startswith('__'):  # others that walk through sys.modules ask for __file__ and the like
+            raise AttributeError(name)
         return sys.modules.get(f'{self.__name__}.{name}') or type(name, (), dict.fromkeys(('BICUBIC', 'BILINEAR')))
 
 
