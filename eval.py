@@ -47,12 +47,14 @@ def configure(argv):
     saved = checkpoint['config']
     given = {arg[2:].partition('=')[0] for arg in argv if arg.startswith('--')}
     if all(arg.startswith('--') for arg in argv):
-        config = load_config(argv, {**DEFAULTS, **saved, 'out_dir': os.path.dirname(config['ckpt'])})
+        config = load_config(argv, {**DEFAULTS, **saved})
     changed = [key for key in MODEL_OPTIONS if key in given and config[key] != saved[key]]
     if changed:
         sys.exit(f'{config["ckpt"]} is another model: ' + ', '.join(
             f'{key}={saved[key]!r}, not {config[key]!r}' for key in changed))
     config.update({key: saved[key] for key in MODEL_OPTIONS}, trained_on=saved['dataset'])
+    if 'out_dir' not in given:  # results lie beside the checkpoint, not among those of another run on this dataset
+        config['out_dir'] = os.path.dirname(os.path.abspath(config['ckpt']))
     if 'clip' not in given:  # it may lie elsewhere on this machine: its hash is checked
         config['clip'] = saved['clip']
     return config, checkpoint
@@ -370,7 +372,8 @@ def main():
     if config['attention']:
         draw_attention(config, model, encoded, clip.visual.image_size, device, autocast,
                        os.path.join(config['out_dir'], 'attention.png'))
-    save_rows(rows, os.path.join(config['out_dir'], 'results.json'))
+    across = config.get('trained_on', config['dataset']) != config['dataset']
+    save_rows(rows, os.path.join(config['out_dir'], f'results_{config["dataset"]}.json' if across else 'results.json'))
 
 
 if __name__ == '__main__':
