@@ -360,7 +360,7 @@ def count(model, frames, n_support):
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         frozen = model.frozen(frames)[0]
         flops.append(counter.get_total_flops())
-        features = model.features(frozen, n_support)
+        features = model(frozen, n_support)
         flops.append(counter.get_total_flops() - sum(flops))
         features.sum().backward()
         flops.append(counter.get_total_flops() - sum(flops))
@@ -424,10 +424,9 @@ def eval_(options, config):
     clip = evaluation.load_clip(config)
     model = evaluation.build({**config, 'cross_video': 'joint'}, clip).to(device)
     width, dim = clip.visual.grid ** 2 * config['frames'], clip.visual.proj.shape[0]
-    kept = torch.float16 if torch.device(device).type == 'cuda' else torch.float32
     start = torch.randn(options['videos'], dim, device=device)
-    tokens = [torch.randn(options['videos'], width, dim, device=device).to(kept) for _ in range(config['levels'] - 1)]
-    size, rows, rng = evaluation.token_bytes(tokens), [], np.random.default_rng(0)
+    tokens = [torch.randn(options['videos'], width, dim, device=device).half() for _ in range(config['levels'] - 1)]
+    rows, rng = [], np.random.default_rng(0)
     for videos in (30, 50):
         episodes = np.stack([rng.permutation(options['videos'])[:videos] for _ in range(options['episodes'])])
         scores = evaluation.vba(model, start, tokens, 5, 5, 'joint', config['temp'], autocast)
@@ -437,13 +436,14 @@ def eval_(options, config):
             with autocast:
                 model(frames.to(device), 4)
 
-        kept_tokens = functools.partial(evaluation.predict, scores, episodes, size, device)
+        kept_tokens = functools.partial(evaluation.predict, scores, episodes, 25, dim, device, '')
         seconds = race({'kept tokens': kept_tokens, 'each anew': anew}, options['rounds'])
         seconds['kept tokens'] /= len(episodes)
         seconds['each anew'] *= videos / 5
         rows += rows_of(seconds, 'each anew', 1, 'episodes', **{'videos an episode': videos})
     rate, bandwidth = machine(device, dtype)
-    show(rows, options['out'], device=device, dtype=str(dtype), clip=config['clip'], bytes_per_video=size + 4 * dim,
+    show(rows, options['out'], device=device, dtype=str(dtype), clip=config['clip'],
+         bytes_per_video=4 * dim + 2 * width * dim * len(tokens),
          GFLOPs_mm=round(rate / 1e9), GBs_copy=round(bandwidth / 1e9, 1))
 
 

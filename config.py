@@ -50,7 +50,9 @@ DEFAULTS = dict(
     way=5,                     # N, classes of an episode
     shot=5,                    # K, supports per class in training
     queries=5,                 # queries per class in training
-    meta_batch=3,              # episodes a step
+    meta_batch=3,              # episodes a step, shared out where torchrun starts several processes
+    micro_batch=0,             # episodes that a process computes at a time, adding up gradients; 0: all its share at once
+    recompute=False,           # compute adapted blocks again in backward: less memory, slower
     max_iters=1000,            # steps
     lr=3e-5,                   # AdamW's learning rate
     weight_decay=0.02,         # AdamW's weight decay
@@ -65,14 +67,19 @@ DEFAULTS = dict(
     device='auto',             # 'cuda', 'cpu'; 'auto': CUDA where there is one
     dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32'; a CPU computes in float32
     compile='auto',            # torch.compile: True, False; 'auto': on CUDA
+    frozen_dtype='float32',    # of the weights before the first adapter: 'bfloat16' or 'float16' where the hardware has it
     out_dir=None,              # checkpoints, log and results; None: runs/<dataset>
     resume=False,              # go on from out_dir's last checkpoint
     # testing
-    ckpt=None,                 # eval.py, predict.py: a checkpoint; None: training-free
+    ckpt=None,                 # a checkpoint; eval.py also takes several, a list or a pattern; None: training-free
     test_split='test',         # the split whose classes are tested
+    test_ways=None,            # ways to test, for example [5, 10]; None: way
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
+    episodes_file=None,        # the test's episodes: read from this file if it is there, else written into it
+    features_gb=8.0,           # memory for the test videos' features; where they need more they go into a file in out_dir
+    features_dir=None,         # a folder that keeps the features between tests
     attention=None,            # a clip to draw: its frames above each level's attention, and its scores
     probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
     templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
@@ -92,14 +99,15 @@ CHOICES = dict(
     act=(None, 'quick_gelu', 'gelu'), cross_video=('joint', 'inductive', False), mlp_order=('serial', 'parallel'),
     alpha_init=('random', 'zero'),
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
-    compile=('auto', True, False), test_split=('train', 'val', 'test'),
+    compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'), test_split=('train', 'val', 'test'),
 )
-TYPES = dict(attention=str, annotations=(str, list), image_size=int, splits=dict, prepare=str, sheet=str, cache_dir=str,
-             out_dir=str, ckpt=str, support=str, query=(str, list), save_support=str, csv=str)  # besides None
+TYPES = dict(attention=str, annotations=(str, list), episodes_file=str, features_dir=str, test_ways=list, image_size=int,
+             splits=dict, prepare=str, sheet=str, cache_dir=str, out_dir=str,
+             ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
 PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
-         'save_support', 'csv')
+         'save_support', 'csv', 'episodes_file', 'features_dir')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

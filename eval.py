@@ -1,14 +1,17 @@
 """The test: thousands of episodes from features encoded once.
 
     python eval.py sample_configs/diving48.py --ckpt=runs/diving48/best.pt     a checkpoint
+    python eval.py --ckpt='runs/seed*/best.pt'                                 several: each, and all together
     python eval.py sample_configs/diving48.py                                  training-free rows alone
 
-In reading order: building a model (build, load_checkpoint), encoding a split (encode_frozen, encode), episodes
-(episode_list), the methods that label them (mean_pool, zero_shot, vba) and the table (evaluate, print_rows, save_rows).
+In reading order: building a model (build, load_checkpoint), encoding videos (encode_frozen, encode; of a test: encode_split),
+episodes (episode_list), the methods that label them (mean_pool, zero_shot, vba) and the table (evaluate, together, save_rows).
 """
 
 import dataclasses
+import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -18,46 +21,52 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import clip_loader
 import data
 import pictures
+import ranks
 from config import DEFAULTS, load_config, resolve_device
-from decode import UnreadableVideo, Video
+from decode import UnreadableVideo, Video, stamp
 from model import VBA, class_scores, inductive_mask, log_scores, trainable_state
 from reader import ClipMaker
 
-GATHER_BYTES = dict(cpu=2 ** 26, cuda=2 ** 31)  # tokens gathered for one batch of episodes
+QUERY_BYTES = dict(cpu=2 ** 26, cuda=2 ** 28)  # of Q, for the episodes that go at a time
 MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
                  'mlp_order', 'frames', 'norm', 'temp', 'resize')
 ENCODE_VIDEOS = 16  # videos encoded at a time
+PROBES = ('reversed', 'still', 'shuffled')
 
 
 def configure(argv):
-    """The command line -> (config, checkpoint or None). A checkpoint brings the options that make the model with it.
+    """The command line -> (config, its checkpoints). A checkpoint brings the options that make the model with it.
 
     Without a sample config all its options hold but for those on the command line; with one, as in a test across datasets,
-    only those of MODEL_OPTIONS. Stops where the command line asks for another model than the checkpoint's.
+    only those of MODEL_OPTIONS. Stops where the command line asks for another model than the checkpoint's, or where several
+    checkpoints are of different models.
     """
     config = load_config(argv)
     if not config['ckpt']:
-        return config, None
-    checkpoint = load_checkpoint(config['ckpt'])
-    saved = checkpoint['config']
+        return config, []
+    patterns = config['ckpt'] if isinstance(config['ckpt'], list) else [config['ckpt']]
+    paths = sum((sorted(glob.glob(path)) or [path] for path in patterns), [])
+    checkpoints = [load_checkpoint(path) for path in paths]
+    saved = checkpoints[0]['config']
     given = {arg[2:].partition('=')[0] for arg in argv if arg.startswith('--')}
     if all(arg.startswith('--') for arg in argv):
         config = load_config(argv, {**DEFAULTS, **saved})
-    changed = [key for key in MODEL_OPTIONS if key in given and config[key] != saved[key]]
-    if changed:
-        sys.exit(f'{config["ckpt"]} is another model: ' + ', '.join(
-            f'{key}={saved[key]!r}, not {config[key]!r}' for key in changed))
-    config.update({key: saved[key] for key in MODEL_OPTIONS}, trained_on=saved['dataset'])
+    for path, other in [('the command line', config | {key: saved[key] for key in MODEL_OPTIONS if key not in given}),
+                        *((path, checkpoint['config']) for path, checkpoint in zip(paths[1:], checkpoints[1:]))]:
+        changed = [key for key in MODEL_OPTIONS if other[key] != saved[key]]
+        if changed:
+            sys.exit(f'{paths[0]} is another model than {path} has it: ' + ', '.join(
+                f'{key}={saved[key]!r}, not {other[key]!r}' for key in changed))
+    config.update({key: saved[key] for key in MODEL_OPTIONS}, trained_on=saved['dataset'], ckpt=paths)
     if 'out_dir' not in given:  # results lie beside the checkpoint, not among those of another run on this dataset
-        config['out_dir'] = os.path.dirname(os.path.abspath(config['ckpt']))
+        config['out_dir'] = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     if 'clip' not in given:  # it may lie elsewhere on this machine: its hash is checked
         config['clip'] = saved['clip']
-    return config, checkpoint
+    return config, checkpoints
 
 
 def load_clip(config):
@@ -99,30 +108,42 @@ def restore(model, clip, checkpoint, path):
 
 
 @torch.no_grad()
-def encode_frozen(model, split, reader, device, autocast, draw=None):
-    """Runs the frozen part of the model over a split's videos, each once.
+def frozen_parts(model, split, reader, device, autocast, draw=None, first=0):
+    """Runs the frozen part of the model over this rank's share of a split's videos from index `first` on.
 
-    Returns a dict: `videos`, the split without the videos that could not be read; `frozen`, what VBA.frozen gives, of all
-    videos (V, T, *, D), float16 on CUDA and in training, else float32; `pooled` (V, embed_dim), unit-length mean over
-    frames of plain CLIP's features. draw: None for test frames; a number for that random draw of frames, crop and flip.
+    Yields, of some at a time that could be read, their indices, what VBA.frozen gives (n, T, *, D), and `pooled` (n, embed_dim)
+    float32: the unit-length mean over frames of plain CLIP's features. draw: None for test frames; a number for that random
+    draw of frames, crop and flip.
     """
-    jobs = np.split(np.arange(len(split.videos)), np.arange(ENCODE_VIDEOS, len(split.videos), ENCODE_VIDEOS))
-    frozen, pooled, read = [], [], []
-    clips = reader.stream(split, jobs, train=draw is not None, first=(draw or 0) * len(jobs))
-    for frames, indices in tqdm(clips, f'encoding {split.name} videos', len(jobs), unit_scale=ENCODE_VIDEOS, unit='video',
-                                leave=False, disable=None):
-        if not len(indices):  # none of these could be read
-            continue
-        with autocast:
-            parts, features = model.frozen(frames.to(device, non_blocking=True), head=True)
+    (rank, world), count = ranks.rank_of(), len(split.videos)
+    size = max(1, min(ENCODE_VIDEOS, count // world))
+    jobs = [np.arange(i, min(i + size, count)) for i in range(first, count, size)]
+    begin, end = len(jobs) * rank // world, len(jobs) * (rank + 1) // world
+    clips, jobs = reader.stream(split, jobs[begin:end], draw is not None, (draw or 0) * len(jobs) + begin), jobs[begin:end]
+    for frames, indices in ranks.progress(clips, f'encoding {split.name} videos', len(jobs), unit_scale=ENCODE_VIDEOS,
+                                                unit='video'):
+        if len(indices):
+            with autocast:
+                parts, features = model.frozen(frames.to(device, non_blocking=True), head=True)
+            yield indices, parts, F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1)
+
+
+def encode_frozen(model, split, reader, device, autocast, draw=None):
+    """What `frozen_parts` gives of a whole split -> `videos`, the split without the videos that could not be read, and
+    `frozen`, tensors (V, T, *, D), float16 on CUDA and in training, else float32."""
+    read, frozen = [], []
+    for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw):
         frozen.append([x.half() if x.is_cuda or draw is not None else x for x in parts])
-        pooled.append(F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1))
         read.append(indices)
     if not read:
-        sys.exit(f'None of the {len(split.videos)} {split.name} videos could be read.')
-    read = np.concatenate(read)
-    videos = dataclasses.replace(split, videos=[split.videos[i] for i in read], labels=split.labels[read])
-    return dict(videos=videos, frozen=[torch.cat(parts) for parts in zip(*frozen)], pooled=torch.cat(pooled))
+        sys.exit(f'None of {len(split.videos)} {split.name} videos could be read.')
+    read = ranks.gather_rows(torch.from_numpy(np.concatenate(read)))
+    return subset(split, read), [ranks.gather_rows(torch.cat(parts)) for parts in zip(*frozen)]
+
+
+def subset(split, indices):
+    """The split with these videos alone."""
+    return dataclasses.replace(split, videos=[split.videos[i] for i in indices], labels=split.labels[indices])
 
 
 @torch.no_grad()
@@ -144,15 +165,135 @@ def encode(model, frozen, autocast):
     return torch.cat(starts), [torch.cat(level) for level in zip(*tokens)]
 
 
-def episode_list(split, way, shot, queries, seed, count):
-    """The `count` test episodes of a seed, (count, way * (shot + queries)) indices into split.videos, and their hash.
+def encode_split(config, clip, models, split, reader, device, autocast):
+    """Reads and encodes a split's videos, each once, for all `models` that are tested -> a dict:
 
-    Two people with the same hash tested on the same videos in the same episodes.
+    videos (the split without those that could not be read), missing (how many could not), pooled (V, embed_dim), text
+    (classes, embed_dim) where CLIP can read the class names, and kept: for each model what `encode` gives, tokens in half
+    precision. With config['probe'] a video has 1 + len(PROBES) rows in `kept`, one after the other, else one.
+
+    Each row is a record in memory or, if features_gb is too little or features_dir is given, in a file that grows by whole
+    records: an interrupted run goes on from there, and the next one has nothing to encode.
     """
-    episodes = np.stack([data.episode(split, way, shot, queries, seed, i) for i in range(count)])
-    names = [f'{split.classes[c]}/{os.path.basename(v.path)}' for v, c in zip(split.videos, split.labels)]
-    digest = hashlib.sha256('\n'.join(names).encode() + episodes.astype('<i8').tobytes())
-    return episodes, digest.hexdigest()[:16]
+    began, (_, world), cuda = time.time(), ranks.rank_of(), torch.device(device).type == 'cuda'
+    dim, embed_dim = clip.visual.proj.shape
+    frames = list(range(config['frames']))
+    orders = [frames]
+    if models and config['probe']:
+        shuffled = np.random.default_rng(config['seed']).permutation(len(frames)).tolist()
+        orders += [frames[::-1], [len(frames) // 2] * len(frames), shuffled]
+    levels = config['levels'] - 1 if config['cross_video'] else 0
+    length = len(frames) * (clip.visual.grid ** 2 + config['cls_token'])
+    record = np.dtype([('index', 'i4'), ('pooled', 'f4', (embed_dim,)), ('start', 'f4', (len(models), dim)),
+                       ('tokens', 'f2', (len(models), levels, length, dim))])
+    size = len(orders) * record.itemsize  # of a video
+    store, last = io.BytesIO(), -1
+    if world == 1 and (config['features_dir'] or len(split.videos) * size > config['features_gb'] * 1e9):
+        store, last = open_features(config, features_name(config, clip, models, split), record, len(orders))
+    base = models[0] if models else build({**config, 'temporal_adapter': False}, clip).to(device)
+    for indices, parts, pooled in frozen_parts(base, split, reader, device, autocast, first=last + 1):
+        rows = np.empty((len(indices), len(orders)), record)
+        rows['index'], rows['pooled'] = indices[:, None], pooled.cpu()[:, None]
+        for (o, order), (m, model) in itertools.product(enumerate(orders), enumerate(models)):
+            start, tokens = encode(model, [x[:, order] for x in parts], autocast)
+            rows['start'][:, o, m] = start.cpu()
+            for i, level in enumerate(tokens):
+                rows['tokens'][:, o, m, i] = level.half().cpu()
+        try:
+            store.write(rows.tobytes())
+            store.flush()
+        except OSError as error:
+            sys.exit(f'Cannot write the features into {store.name}: {error.strerror}; --features_dir= names another folder.')
+
+    if isinstance(store, io.BytesIO):
+        own = torch.from_numpy(np.frombuffer(store.getbuffer(), np.uint8) if store.tell() else np.empty(0, np.uint8))
+        records, where = ranks.gather_rows(own).numpy().view(record), 'in memory'
+    else:
+        store.close()
+        where = store.name
+        records = np.memmap(where, record, 'c') if os.path.getsize(where) else np.empty(0, record)
+    read = records['index'][::len(orders)]
+    if not len(read):
+        sys.exit(f'None of the {len(split.videos)} {split.name} videos could be read.')
+    if (np.diff(read) <= 0).any():
+        sys.exit(f'{where} was written by two runs at once: delete it.')
+    kept = [(torch.from_numpy(records['start'][:, m]).to(device),
+             [torch.from_numpy(records['tokens'][:, m, i]) for i in range(levels)]) for m in range(len(models))]
+    if cuda and records.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        kept, where = [(start, [level.to(device) for level in tokens]) for start, tokens in kept], 'on the GPU'
+    print(f'encoded {len(split.videos) - last - 1} of {len(split.videos)} {split.name} videos in {time.time() - began:.0f} s; '
+          f'features: {size:,} bytes a video, {where}', flush=True)
+    encoded = dict(videos=subset(split, read), missing=len(split.videos) - len(read), kept=kept,
+                   pooled=torch.from_numpy(records['pooled'][::len(orders)]).to(device))
+    if clip.vocab_size:
+        try:
+            encoded['text'] = clip_loader.zero_shot_weights(
+                clip, clip_loader.tokenizer_of(clip), split.classes, config['templates']).to(device)
+        except (OSError, ValueError) as error:
+            print(f'no clip-zero-shot row: {error}')
+    return encoded
+
+
+def features_name(config, clip, models, split):
+    """A name that is another as soon as anything is that the features depend on."""
+    about = [clip.weights_hash, clip.act, clip.visual.image_size, str(resolve_device(config)[1]),
+             [config[key] for key in (*MODEL_OPTIONS, 'frozen_dtype', 'test_sampling', 'seed', 'probe')],
+             [stamp(video) for video in split.videos]]
+    digest = hashlib.sha256(json.dumps(about).encode('utf-8', 'surrogateescape'))
+    for model in models:
+        for name, value in trainable_state(model).items():
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return f'features_{split.name}_{digest.hexdigest()[:16]}.bin'
+
+
+def open_features(config, name, record, orders):
+    """-> a file of records to append to, without half a video at its end, and the index of the last video in it, or -1."""
+    path = os.path.join(config['features_dir'] or config['out_dir'], name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, 'ab')
+    except OSError as error:
+        sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
+    file.truncate(file.tell() // (orders * record.itemsize) * (orders * record.itemsize))
+    return file, int(np.memmap(path, record, 'r')['index'][-1]) if os.path.getsize(path) else -1
+
+
+def names_of(videos):
+    """Of each video of a split: its class, file, and where it is a part of a file, its first frame."""
+    return [f'{videos.classes[c]}/{os.path.basename(v.path)}' + (f'@{v.start}' if v.start else '')
+            for v, c in zip(videos.videos, videos.labels)]
+
+
+def draw_episodes(videos, way, shot, queries, seed, count):
+    """The `count` test episodes of a seed, (count, way * (shot + queries)) indices into videos.videos."""
+    return np.stack([data.episode(videos, way, shot, queries, seed, i) for i in range(count)])
+
+
+def hash_of(videos, episodes):
+    """Two people with the same hash tested on the same videos in the same episodes."""
+    return hashlib.sha256('\n'.join(names_of(videos)).encode() + episodes.astype('<i8').tobytes()).hexdigest()[:16]
+
+
+def load_episodes(path, videos):
+    """The lists that save_episodes wrote, {(way, shot, queries): indices into videos.videos}."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            saved = json.load(file)
+        place = {name: i for i, name in enumerate(names_of(videos))}
+        missing = [name for name in saved['videos'] if name not in place]
+        if missing:
+            sys.exit(f'The episodes of {path} need {len(missing)} videos that cannot be read here, such as {missing[0]!r}.')
+        order = np.array([place[name] for name in saved['videos']])
+        return {(each['way'], each['shot'], each['queries']): order[np.array(each['episodes'])] for each in saved['lists']}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        sys.exit(f'{path} is no file of --episodes_file: {type(error).__name__}: {error}')
+
+
+def save_episodes(path, videos, lists):
+    """JSON, dict(videos=[name, ...], lists=[dict(way=, shot=, queries=, episodes=[[index of a name, ...], ...]), ...])."""
+    save_json(path, dict(videos=names_of(videos), lists=[
+        dict(way=way, shot=shot, queries=queries, episodes=episodes.tolist())
+        for (way, shot, queries), episodes in lists.items()]))
 
 
 def mean_pool(pooled, way, shot):
@@ -178,26 +319,24 @@ def vba(model, start, tokens, way, shot, mode, temp, autocast):
 
     def scores(part):
         with autocast:
-            q = model.aggregate(start[part], [level[part] for level in tokens], way * shot, mode) if mode else start[part]
+            q = model.aggregate(start[part], tokens, way * shot, mode, part) if mode else start[part]
         return class_scores(log_scores(q, way * shot, temp), labels)
     return scores
 
 
 @torch.no_grad()
-def predict(scores, episodes, bytes_per_video, device, note=None):
+def predict(scores, episodes, n_support, dim, device, note):
     """Labels every query of every episode: `scores` takes indices (n, B) and gives (n, M, N). Returns (count, M) in 0..N-1.
 
-    As many episodes go at a time as gather about GATHER_BYTES of tokens.
+    The episodes go some at a time, of dim (D) numbers a video; of several ranks each takes its share.
     """
-    batch = max(1, min(1000, GATHER_BYTES[torch.device(device).type] // max(1, bytes_per_video * episodes.shape[1])))
-    parts = torch.from_numpy(episodes).to(device).split(batch)
-    parts = tqdm(parts, note, unit_scale=batch, unit='episode', leave=False, disable=None) if note else parts
-    return torch.cat([scores(part).argmax(-1) for part in parts]).cpu().numpy()
-
-
-def token_bytes(tokens):
-    """Bytes that one video's tokens take."""
-    return sum(level[0].numel() * level.element_size() for level in tokens)
+    (count, videos), (rank, world) = episodes.shape, ranks.rank_of()
+    batch = int(np.clip(QUERY_BYTES[torch.device(device).type] // (4 * dim * videos), 1, -(-count // world)))
+    found = torch.zeros(count, videos - n_support, dtype=torch.int64, device=device)
+    firsts = range(0, count, batch)[rank::world]
+    for first in ranks.progress(firsts, note, len(firsts), unit_scale=batch, unit='episode'):
+        found[first:first + batch] = scores(torch.from_numpy(episodes[first:first + batch]).to(device)).argmax(-1)
+    return ranks.add_up(found).cpu().numpy()
 
 
 def correct(predictions, way):
@@ -210,90 +349,90 @@ def interval(values):
     return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
 
 
-def validate(config, model, encoded, episodes, device, autocast):
-    """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of encode_frozen's videos."""
-    way = min(config['way'], len(encoded['videos'].classes))
-    start, tokens = encode(model, encoded['frozen'], autocast)
+def validate(config, model, videos, frozen, episodes, device, autocast):
+    """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of what encode_frozen gave."""
+    way = min(config['way'], len(videos.classes))
+    start, tokens = encode(model, frozen, autocast)
     scores = vba(model, start, tokens, way, 1, model.mode, config['temp'], autocast)
-    return correct(predict(scores, episodes, token_bytes(tokens), device), way).mean()
+    return correct(predict(scores, episodes, way, start.shape[1], device, 'validation'), way).mean()
 
 
-def encode_split(config, clip, model, split, reader, device, autocast):
-    """`encode_frozen` of a split, with the time it took printed, and the texts of its class names where CLIP can read them."""
-    began = time.time()
-    encoded = encode_frozen(model, split, reader, device, autocast)
-    print(f'encoded {len(encoded["videos"].videos)} {split.name} videos in {time.time() - began:.0f} s', flush=True)
-    encoded['missing'] = len(split.videos) - len(encoded['videos'].videos)
-    if clip.vocab_size:
-        try:
-            encoded['text'] = clip_loader.zero_shot_weights(
-                clip, clip_loader.tokenizer_of(clip), split.classes, config['templates']).to(device)
-        except (OSError, ValueError) as error:
-            print(f'no clip-zero-shot row: {error}')
-    return encoded
+def evaluate(config, clip, models, encoded, device, autocast, lists=None):
+    """The table: every method on the same episodes of encode_split's videos, for each of test_ways and test_shots.
 
-
-def evaluate(config, clip, model, encoded, device, autocast, trained=True):
-    """The table: every method on the same episodes of encode_split's videos, for each of test_shots.
-
-    Returns the rows, a list of dicts as results.json holds them, and for each row which queries were right, (episodes, M).
+    lists: {(way, shot, queries): episodes} to use; else they are drawn by the seed. Returns the rows, a list of dicts as
+    results.json holds them; for each row which queries were right, (episodes, M); and the lists.
     """
-    videos, pooled = encoded['videos'], encoded['pooled']
-    labels, count = torch.from_numpy(videos.labels).to(device), len(videos.videos)
-    if trained:
-        start, tokens = encode(model, encoded['frozen'], autocast)
-    probes = {}
-    if trained and config['probe']:  # the same queries with their frames in another order: indices from V, 2V, 3V on
-        orders = dict(reversed=range(config['frames'])[::-1], still=[config['frames'] // 2] * config['frames'],
-                      shuffled=np.random.default_rng(config['seed']).permutation(config['frames']))
-        for number, (name, order) in enumerate(orders.items(), 1):
-            probes[name] = number * count
-            changed = encode(model, [x[:, torch.tensor(list(order), device=x.device)] for x in encoded['frozen']], autocast)
-            start, tokens = torch.cat([start, changed[0]]), [torch.cat(pair) for pair in zip(tokens, changed[1])]
-    rows, rights = [], []
-    for shot in config['test_shots']:
-        way, shot, queries = data.fit_episode(config, videos, config['way'], shot, config['test_queries'])
-        episodes, episodes_hash = episode_list(videos, way, shot, queries, config['seed'], config['test_episodes'])
-        modes = ('joint', 'inductive') if trained and model.mode else ('inductive',) if trained else ()
-        methods = [('clip-mean-pool', mean_pool(pooled, way, shot), pooled[0].numel() * 4, 0)]
+    videos, pooled, used = encoded['videos'], encoded['pooled'], {}
+    labels, rows, rights = torch.from_numpy(videos.labels).to(device), [], []
+    copies = 1 + len(PROBES) * (bool(models) and config['probe'])  # rows of a video in what is kept
+    for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
+        way, shot, queries = sizes = data.fit_episode(config, videos, way, shot, config['test_queries'])
+        if lists and sizes not in lists:
+            sys.exit(f'{config["episodes_file"]} has no {way}-way {shot}-shot episodes with {queries} queries a class, only '
+                     + ', '.join(map(str, lists)) + ' (way, shot, queries).')
+        episodes = used[sizes] = lists[sizes] if lists else draw_episodes(
+            videos, *sizes, config['seed'], config['test_episodes'])
+        episodes_hash, is_query = hash_of(videos, episodes), np.arange(episodes.shape[1]) >= way * shot
+        methods = [('clip-mean-pool', None, mean_pool(pooled, way, shot), episodes)]
         if 'text' in encoded:
-            methods.append(('clip-zero-shot', zero_shot(pooled, encoded['text'], labels, way, shot), pooled[0].numel() * 4, 0))
-        for mode in modes:
-            scores = vba(model, start, tokens, way, shot, model.mode and mode, config['temp'], autocast)
-            methods.append((f'vba-{mode}', scores, token_bytes(tokens), 0))
-            if mode == (model.mode or mode):
-                methods += [(f'vba-{mode}, queries {name}', scores, token_bytes(tokens), offset)
-                            for name, offset in probes.items()]
-        for method, scores, size, offset in methods:
+            methods.append(('clip-zero-shot', None, zero_shot(pooled, encoded['text'], labels, way, shot), episodes))
+        for path, model, (start, tokens) in zip(config['ckpt'] or [None], models, encoded['kept']):
+            for mode in ('joint', 'inductive') if model.mode else ('inductive',):
+                scores = vba(model, start, tokens, way, shot, model.mode and mode, config['temp'], autocast)
+                probes = PROBES if copies > 1 and mode == (model.mode or mode) else ()
+                methods += [(f'vba-{mode}' + (f', queries {PROBES[i - 1]}' if i else ''), path, scores,
+                             episodes * copies + i * is_query) for i in range(1 + len(probes))]
+        for method, path, scores, indices in methods:
             began = time.time()
-            shifted = episodes + offset * (np.arange(episodes.shape[1]) >= way * shot)
-            predictions = predict(scores, shifted, size, device, f'{method} {shot}-shot')
+            dim = clip.visual.proj.shape[method.startswith('clip')]  # D, or embed_dim
+            predictions = predict(scores, indices, way * shot, dim, device, f'{method} {shot}-shot')
             right = correct(predictions, way)
             accuracy, ci95 = interval(right.mean(1))
             true = videos.labels[episodes[:, way * shot:]]
             guessed = videos.labels[np.take_along_axis(episodes[:, :way * shot:shot], predictions, 1)]
             confusion = np.zeros((len(videos.classes),) * 2, int)
             np.add.at(confusion, (true, guessed), 1)
+            trained = method.startswith('vba')
             rows.append(dict(
-                method=method, dataset=config['dataset'], split=videos.name, way=way, shot=shot, queries=queries,
-                episodes=len(episodes), episodes_hash=episodes_hash, accuracy=accuracy, ci95=ci95,
+                method=method, checkpoint=path, dataset=config['dataset'], split=videos.name, way=way, shot=shot,
+                queries=queries, episodes=len(episodes), episodes_hash=episodes_hash, accuracy=accuracy, ci95=ci95,
                 transductive='joint' in method, text=method == 'clip-zero-shot', frames=config['frames'],
                 sampling=config['test_sampling'], backbone=os.path.basename(config['clip']), weights_hash=clip.weights_hash,
-                seed=config['seed'], seconds=time.time() - began, videos=count, missing=encoded['missing'],
-                trained_on=config.get('trained_on', config['dataset']) if method.startswith('vba') else None,
-                selection='val' if method.startswith('vba') else None, classes=videos.classes, confusion=confusion.tolist(),
+                seed=config['seed'], seconds=time.time() - began, videos=len(videos.videos), missing=encoded['missing'],
+                trained_on=config.get('trained_on', config['dataset']) if trained else None,
+                selection='val' if trained else None, classes=videos.classes, confusion=confusion.tolist(),
                 per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(videos.classes))]))
             rights.append(right)
             print(line(rows[-1]), flush=True)
-    return rows, rights
+    return rows, rights, used
+
+
+def together(rows, rights):
+    """Rows of several checkpoints -> one more row for each method and size: the mean accuracy, its interval over episodes for
+    these very checkpoints, and `spread`, the standard deviation from one checkpoint to the next."""
+    groups, found = {}, []
+    for row, right in zip(rows, rights):
+        if row['checkpoint']:
+            groups.setdefault((row['method'], row['episodes_hash']), []).append((row, right))
+    for group in groups.values():
+        accuracy, ci95 = interval(np.mean([right.mean(1) for _, right in group], 0))
+        spread = float(np.std([row['accuracy'] for row, _ in group], ddof=1))
+        found.append({**group[0][0], 'checkpoint': [row['checkpoint'] for row, _ in group], 'accuracy': accuracy,
+                      'ci95': ci95, 'spread': spread, 'seconds': sum(row['seconds'] for row, _ in group),
+                      'confusion': np.sum([row['confusion'] for row, _ in group], 0).tolist(), 'per_class': None})
+        print(line(found[-1]), flush=True)
+    return found
 
 
 def print_pairs(rows, rights):
     """Differences between methods on the same episodes: their interval is far tighter than two intervals compared."""
+    several = len({row['checkpoint'] for row in rows} - {None}) > 1
     for (row, right), (other, base) in itertools.combinations(zip(rows, rights), 2):
-        if row['episodes_hash'] == other['episodes_hash']:
+        if row['episodes_hash'] == other['episodes_hash'] and row['checkpoint'] in (None, other['checkpoint']):
             mean, half = interval(base.mean(1) - right.mean(1))
-            print(f'{row["shot"]}-shot  {other["method"]} - {row["method"]}: {mean:+.2f} ± {half:.2f} points (paired)')
+            print(f'{row["way"]}-way {row["shot"]}-shot  {other["method"]} - {row["method"]}: {mean:+.2f} ± {half:.2f} points '
+                  f'(paired)' + several * f'  {other["checkpoint"]}')
 
 
 def print_mistakes(row, most=5):
@@ -307,11 +446,12 @@ def print_mistakes(row, most=5):
 
 
 @torch.no_grad()
-def draw_attention(config, model, encoded, image_size, device, autocast, path):
+def draw_attention(config, model, videos, reader, image_size, device, autocast, path):
     """The picture of the clip config['attention']: where each level's query looks in its frames, averaged over heads, and the
     scores of all classes of the split, from as many examples each as the largest of test_shots, in inductive mode."""
-    videos = encoded['videos']
-    supports = np.concatenate([members[:max(config['test_shots'])] for members in videos.members])
+    supports, frozen = encode_frozen(model, subset(videos, np.concatenate([
+        members[:max(config['test_shots'])] for members in videos.members])), reader, device, autocast)
+    n_support = len(supports.videos)
     try:
         frames = ClipMaker(config | dict(cache_gb=0.0, cache_dir=None), image_size).clip(Video(config['attention']), None)
     except UnreadableVideo as error:
@@ -319,16 +459,16 @@ def draw_attention(config, model, encoded, image_size, device, autocast, path):
     weights = []
     with autocast:
         own, _ = model.frozen(frames[None].to(device))
-        tokens = model.tokens(model.kept([torch.cat([x[supports], y.to(x.dtype)]) for x, y in zip(encoded['frozen'], own)]))
-        q = model.query.expand(1, len(supports) + 1, -1)  # one episode: the supports, then the clip
-        mask = inductive_mask(q.shape[1], len(supports), device)
+        tokens = model.tokens(model.kept([torch.cat([x, y.to(x.dtype)]) for x, y in zip(frozen, own)]))
+        q = model.query.expand(1, n_support + 1, -1)  # one episode: the supports, then the clip
+        mask = inductive_mask(q.shape[1], n_support, device)
         for level, x in zip(model.levels, tokens):
             weight = level.frame_attn.folded_weights(level.ln_frame(q[0, -1]), x[-1], level.ln_tokens).mean(0)  # (T*L,)
             patches = weight.float().unflatten(0, (len(frames), -1))[:, -model.visual.grid ** 2:]  # without a class token
             weights.append(patches.unflatten(1, (model.visual.grid,) * 2).cpu().numpy())
             q = level.cross_frame(q, x[None])
             q = level.cross_video(q, mask) if model.mode else q
-    scores = class_scores(log_scores(q, len(supports), config['temp']), torch.from_numpy(videos.labels[supports]).to(device))
+    scores = class_scores(log_scores(q, n_support, config['temp']), torch.from_numpy(supports.labels).to(device))
     scores = scores[0, 0] / scores[0, 0].sum()
     pictures.attention(frames, weights, dict(zip(videos.classes, scores.tolist())), path)
     print(f'wrote {path}')
@@ -336,44 +476,54 @@ def draw_attention(config, model, encoded, image_size, device, autocast, path):
 
 def line(row):
     """One row of the table, for people."""
+    runs = f' ({len(row["checkpoint"])} checkpoints, spread {row["spread"]:.2f})' if 'spread' in row else ''
     return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15} '
-            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %   {row["episodes"]} episodes ({row["episodes_hash"]}), '
+            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %{runs}   {row["episodes"]} episodes ({row["episodes_hash"]}), '
             f'{row["queries"]} query a class, {"transductive" if row["transductive"] else "inductive"}, {row["seconds"]:.1f} s')
 
 
-def save_rows(rows, path):
-    """Writes results.json, whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.tmp', 'w') as file:
-        json.dump(rows, file, indent=1)
+def save_json(path, content):
+    """Writes a JSON file, whole or not at all."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=1)
     os.replace(path + '.tmp', path)
 
 
 def main():
-    config, checkpoint = configure(sys.argv[1:])
+    config, checkpoints = configure(sys.argv[1:])
     device, dtype = resolve_device(config)
+    device = ranks.begin(device)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
     split = data.load_splits(config)[config['test_split']]
-    clip = load_clip(config)
-    model = build(config, clip)
-    if checkpoint:
-        restore(model, clip, checkpoint, config['ckpt'])
-    model.to(device)
+    clip, models = load_clip(config), []
+    for checkpoint, path in zip(checkpoints, config['ckpt'] or []):
+        models.append(build(config, clip))
+        restore(models[-1], clip, checkpoint, path)
+        models[-1].to(device)
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
-        encoded = encode_split(config, clip, model, split, reader, device, autocast)
+        encoded = encode_split(config, clip, models, split, reader, device, autocast)
+        if config['attention']:
+            draw_attention(config, models[0], encoded['videos'], reader, clip.visual.image_size, device, autocast,
+                           os.path.join(config['out_dir'], 'attention.png'))
     finally:
         reader.close()
-    rows, rights = evaluate(config, clip, model, encoded, device, autocast, trained=bool(checkpoint))
-    print_pairs(rows, rights)
-    print_mistakes(rows[-1])
-    os.makedirs(config['out_dir'], exist_ok=True)
-    pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
-    if config['attention']:
-        draw_attention(config, model, encoded, clip.visual.image_size, device, autocast,
-                       os.path.join(config['out_dir'], 'attention.png'))
-    across = config.get('trained_on', config['dataset']) != config['dataset']
-    save_rows(rows, os.path.join(config['out_dir'], f'results_{config["dataset"]}.json' if across else 'results.json'))
+    path = config['episodes_file']
+    lists = load_episodes(path, encoded['videos']) if path and os.path.exists(path) else None
+    rows, rights, used = evaluate(config, clip, models, encoded, device, autocast, lists)
+    if ranks.rank_of()[0] == 0:
+        print_pairs(rows, rights)
+        rows += together(rows, rights) if len(models) > 1 else []
+        print_mistakes(rows[-1])
+        os.makedirs(config['out_dir'], exist_ok=True)
+        pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
+        across = config.get('trained_on', config['dataset']) != config['dataset']
+        save_json(os.path.join(config['out_dir'], f'results_{config["dataset"]}.json' if across else 'results.json'), rows)
+        if path and not lists:
+            save_episodes(path, encoded['videos'], used)
+            print(f'wrote the episodes into {path}')
+    ranks.end()
 
 
 if __name__ == '__main__':

@@ -15,12 +15,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 NORMS = dict(  # mean and standard deviation of RGB in 0..1
     clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
 CPU_CHUNK = 32  # images that the frozen blocks take at a time on a CPU: small enough for its caches
+FOLDED_ROWS = 4096  # uses of videos that `folded_by_video` takes at a time: 150 MB at width 768
 
 
 class QuickGELU(nn.Module):
@@ -67,20 +69,41 @@ class Attention(nn.Module):
         into the query and the pooled value just as W_k and W_v do, so no token is ever projected. mask (..., N): true where
         q may look.
         """
-        pooled = self.folded_weights(q, x, ln, mask) @ x * ln.weight + ln.bias  # (..., heads, D)
-        wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
-        out = torch.einsum('...hw,hdw->...hd', pooled, wv.unflatten(0, (self.heads, -1)))
-        return self.out_proj(out.flatten(-2) + bv)
+        return self.unfold(self.folded_weights(q, x, ln, mask) @ x, ln)
 
     def folded_weights(self, q, x, ln, mask=None):
-        """The attention (..., heads, N) of `folded`. b_k and the shift of ln add the same to every logit, so they cancel."""
-        (wq, wk, _), bq = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)[0]
-        q = F.linear(q, wq, bq).unflatten(-1, (self.heads, -1))  # (..., heads, D/heads)
-        q = torch.einsum('...hd,hdw->...hw', q, wk.unflatten(0, (self.heads, -1))) * ln.weight / math.sqrt(q.shape[-1])
-        logits = q @ x.transpose(-1, -2)
+        """The attention (..., heads, N) of `folded`."""
+        logits = self.fold(q, ln) @ x.transpose(-1, -2)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(-2), -math.inf)
         return logits.softmax(-1)
+
+    def fold(self, q, ln):
+        """q (..., D) -> what meets the tokens, (..., heads, D). b_k and the shift of ln add the same to every logit, so they
+        cancel."""
+        (wq, wk, _), bq = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)[0]
+        q = F.linear(q, wq, bq).unflatten(-1, (self.heads, -1))  # (..., heads, D/heads)
+        return torch.einsum('...hd,hdw->...hw', q, wk.unflatten(0, (self.heads, -1))) * ln.weight / math.sqrt(q.shape[-1])
+
+    def unfold(self, pooled, ln):
+        """Weighted sums of tokens (..., heads, D) -> (..., D)."""
+        wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+        out = torch.einsum('...hw,hdw->...hd', pooled * ln.weight + ln.bias, wv.unflatten(0, (self.heads, -1)))
+        return self.out_proj(out.flatten(-2) + bv)
+
+    @torch.no_grad()
+    def folded_by_video(self, q, x, ln, index):
+        """`folded` of q (U, D) over tokens x[index], for x (V, N, D) and index (U,): one product a video instead of a copy of
+        its tokens for each use. x may be in half precision, or elsewhere: a video's tokens come over when it is its turn."""
+        out, order = torch.empty_like(q), index.argsort(stable=True)
+        for rows in order.split(FOLDED_ROWS):
+            folded = self.fold(q[rows], ln)  # (n, heads, D)
+            videos, uses = index[rows].unique_consecutive(return_counts=True)
+            for video, part in zip(videos.tolist(), folded.split(uses.tolist())):
+                tokens = x[video].to(part)
+                part.copy_((part @ tokens.T).softmax(-1) @ tokens)
+            out[rows] = self.unfold(folded, ln).to(out.dtype)
+        return out
 
 
 class MLP(nn.Module):
@@ -194,10 +217,14 @@ class Level(nn.Module):
         a = a + self.alpha(a) + self.beta
         return F.layer_norm(a, a.shape[-1:]).flatten(-3, -2)
 
-    def cross_frame(self, q, tokens):
-        """Q_i (..., D), tokens (..., T*L, D) -> Q*_i (..., D): (3.15)-(3.19)."""
-        return self.update(q, self.frame_attn.folded(self.ln_frame(q), tokens, self.ln_tokens),
-                           self.ln_frame_mlp, self.frame_mlp)
+    def cross_frame(self, q, tokens, index=None):
+        """Q_i (..., D), tokens (..., T*L, D) -> Q*_i (..., D): (3.15)-(3.19). index as in VBA.aggregate."""
+        h = self.ln_frame(q)
+        if index is None:
+            h = self.frame_attn.folded(h, tokens, self.ln_tokens)
+        else:
+            h = self.frame_attn.folded_by_video(h.flatten(0, 1), tokens, self.ln_tokens, index.flatten()).view_as(q)
+        return self.update(q, h, self.ln_frame_mlp, self.frame_mlp)
 
     def cross_video(self, q, mask):
         """Q*_i (..., B, D), mask (B, B) or None -> Q_{i+1} (..., B, D): (3.20)-(3.22). The value is not normalised."""
@@ -214,12 +241,12 @@ class VBA(nn.Module):
 
     def __init__(self, visual, config):
         """visual: a ViT (frozen here); config: `levels`, `temporal_adapter`, `cls_token`, `cross_video`, `attn_proj`,
-        `mlp_order`, `alpha_init`, `frames`, `norm` as in config.py."""
+        `mlp_order`, `alpha_init`, `frames`, `norm`, `recompute`, `frozen_dtype` as in config.py."""
         super().__init__()
         dim = visual.proj.shape[0]
         self.visual = visual.requires_grad_(False)
         self.first = 0 if config['cls_token'] else 1  # the first token that the aggregator sees
-        self.mode = config['cross_video']
+        self.mode, self.recompute = config['cross_video'], config['recompute']
         self.query = nn.Parameter(torch.randn(1, dim))  # Q_0
         self.adapters = nn.ModuleList(
             TemporalAdapter(dim) for _ in range(config['levels'] if config['temporal_adapter'] else 0))
@@ -231,6 +258,9 @@ class VBA(nn.Module):
             # down is to make all videos the same, from where no gradient leads back.
             if branch.weight.requires_grad:
                 branch.weight.data *= len(branches) ** -0.5
+        blocks = visual.transformer.resblocks
+        for part in (visual.conv1, visual.ln_pre, *blocks[:-len(self.levels)]) if self.adapters else [visual]:
+            part.to(getattr(torch, config['frozen_dtype']))
         mean, std = torch.tensor(NORMS[config['norm']])
         self.register_buffer('mean', mean.view(3, 1, 1), persistent=False)
         self.register_buffer('std', std.view(3, 1, 1), persistent=False)
@@ -253,12 +283,13 @@ class VBA(nn.Module):
             x = self.visual.embed(self.normalise(chunk))  # (chunk, 1+L, D)
             for block in blocks[:-count]:
                 x = block(x)
+            x = x.to(blocks[-1].ln_1.weight.dtype)
             kept = [x] if self.adapters else []
             if head or not self.adapters:
                 for block in blocks[-count:]:
                     x = block(x)
                     if not self.adapters:
-                        kept.append(x[:, self.first:])
+                        kept.append(x[:, self.first:].to(self.query.dtype))
             outputs.append(kept)
             features.append(self.visual.head(x) if head else None)
         outputs = [torch.cat(parts).unflatten(0, frames.shape[:-3]) for parts in zip(*outputs)]
@@ -269,11 +300,15 @@ class VBA(nn.Module):
         if not self.adapters:
             return frozen
         shape = frozen[0].shape
+
+        def adapted(x, adapter, block):
+            patches = x[:, 1:].unflatten(0, (-1, shape[-3]))  # (B, T, L, D)
+            return block(torch.cat([x[:, :1], (patches + adapter(patches)).flatten(0, 1)], 1))
+
         x = frozen[0].flatten(0, -3)  # (B*T, 1+L, D)
         outputs = []
-        for adapter, block in zip(self.adapters, self.visual.transformer.resblocks[-len(self.levels):]):
-            patches = x[:, 1:].unflatten(0, (-1, shape[-3]))  # (B, T, L, D)
-            x = block(torch.cat([x[:, :1], (patches + adapter(patches)).flatten(0, 1)], 1))
+        for part in zip(self.adapters, self.visual.transformer.resblocks[-len(self.levels):]):
+            x = checkpoint(adapted, x, *part, use_reentrant=False) if self.recompute else adapted(x, *part)
             outputs.append(x[:, self.first:].unflatten(0, shape[:-2]))
         return outputs
 
@@ -285,28 +320,29 @@ class VBA(nn.Module):
         """Tokens of level 0 (..., T*L, D) -> Q*_0 (..., D), which too depends on one video alone: all share Q_0."""
         return self.levels[0].cross_frame(self.query.expand(*tokens.shape[:-2], -1), tokens)
 
-    def aggregate(self, q, tokens, n_support, mode):
+    def aggregate(self, q, tokens, n_support, mode, index=None):
         """Episodes' Q*_0 (E, B, D) and tokens of levels 1.. (E, B, T*L, D) -> video features Q_S (E, B, D): (3.23).
 
         mode: 'joint', every video of an episode sees every other; 'inductive', supports see supports and a query sees the
         supports and itself; False, none sees another. The first n_support of the B videos are the supports.
+        index (E, B), in testing: tokens are those of all videos, (V, T*L, D), and index says whose.
         """
         mask = inductive_mask(q.shape[1], n_support, q.device) if mode == 'inductive' else None
         for i, level in enumerate(self.levels):
             if i > 0:
-                q = level.cross_frame(q, tokens[i - 1])
+                q = level.cross_frame(q, tokens[i - 1], index)
             if mode:
                 q = level.cross_video(q, mask)
         return q
 
-    def features(self, frozen, n_support):
-        """What `frozen` gave of episodes (E, B, T, ...), supports first -> video features Q_S (E, B, D)."""
+    def forward(self, episodes, n_support):
+        """Episodes, supports first -> video features Q_S (E, B, D).
+
+        episodes: frames (E, B, T, 3, H, W) uint8, or the list that `frozen` gave of them.
+        """
+        frozen = episodes if isinstance(episodes, list) else self.frozen(episodes)[0]
         tokens = self.tokens(self.kept(frozen))
         return self.aggregate(self.start(tokens[0]), tokens[1:], n_support, self.mode)
-
-    def forward(self, frames, n_support):
-        """Frames of episodes (E, B, T, 3, H, W) uint8, supports first -> video features Q_S (E, B, D)."""
-        return self.features(self.frozen(frames)[0], n_support)
 
 
 def inductive_mask(videos, n_support, device=None):

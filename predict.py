@@ -53,7 +53,7 @@ def identity(config, clip):
     """What encoded examples depend on: they serve another call only if all of it is equal."""
     checkpoint = None
     if config['ckpt']:
-        with open(config['ckpt'], 'rb') as file:
+        with open(config['ckpt'][0], 'rb') as file:
             checkpoint = hashlib.file_digest(file, 'sha256').hexdigest()
     return dict(checkpoint=checkpoint, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size,
                 **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm')})
@@ -345,7 +345,9 @@ def answer(config, classes, rows, method):
 
 
 def main():
-    config, checkpoint = evaluation.configure(sys.argv[1:])
+    config, checkpoints = evaluation.configure(sys.argv[1:])
+    if len(checkpoints) > 1:
+        sys.exit(f'predict.py takes one checkpoint, not {len(checkpoints)}.')
     config.update(cache_gb=0.0, cache_dir=None)  # every clip is read once
     if not config['support'] or not (config['query'] or config['save_support']):
         sys.exit('predict.py needs --support=<a folder with a folder per class> and --query=<clips>.')
@@ -354,9 +356,9 @@ def main():
     device, dtype = resolve_device(config)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
     clip = evaluation.load_clip(config)
-    model, trained, size = evaluation.build(config, clip), checkpoint is not None, clip.visual.image_size
+    model, trained, size = evaluation.build(config, clip), bool(checkpoints), clip.visual.image_size
     if trained:
-        evaluation.restore(model, clip, checkpoint, config['ckpt'])
+        evaluation.restore(model, clip, checkpoints[0], config['ckpt'][0])
     else:
         model.mode = False  # plain CLIP's videos do not see each other
     model.to(device)

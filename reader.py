@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -234,17 +235,18 @@ class ClipReader:
         self.workers = [Worker(context, slots, self.shape, (config, image_size, count)) for _ in range(count)]
         self.ahead = count * slots
 
-    def stream(self, split, jobs, train, first=0):
+    def stream(self, split, jobs, train, first=0, stride=1):
         """Yields (frames uint8 (n, T, 3, H, W), indices int64 (n,)) for each job, an array of indices into split.videos.
 
-        A job may have any shape (..., n), which the frames then have too; its rows are episodes. train: random frames, crop and
-        flip by (seed, job number from `first` on, place in the job) alone; an unreadable video is replaced by another of its
-        class that is not in its episode, and indices say which. Not train: test frames and centre crop; jobs have one axis, and
-        unreadable videos are missing from frames and indices. Either way each unreadable video is warned of once.
+        A job is an episode (n,) or several (E, n), and the frames have this shape too. Its first episode's number is `first`
+        for the first job and `stride` more for each after it. train: random frames, crop and flip by (seed, number of the
+        episode, place in it) alone; an unreadable video is replaced by another of its class that is not in its episode, and
+        indices say which. Not train: test frames and centre crop; jobs have one axis, and unreadable videos are missing from
+        frames and indices. Either way each unreadable video is warned of once.
         """
         if train and self.config['flip']:
             warn_of_sides(split)
-        numbered, opened = enumerate(jobs, first), deque()
+        numbered, opened = zip(itertools.count(first, stride), jobs), deque()
         try:
             while True:
                 while not opened or sum(job.indices.size for job in list(opened)[1:]) < self.ahead:
@@ -267,7 +269,7 @@ class ClipReader:
         """Puts clips of a job into their workers' queues."""
         for place in places:
             video = job.split.videos[job.indices.flat[place]]
-            seed = [self.config['seed'], job.number, place, job.tries[place]] if job.train else None
+            seed = [self.config['seed'], *job.where(place), job.tries[place]] if job.train else None
             if video in self.bad:
                 job.failed.append(place)
             elif self.workers:
@@ -381,6 +383,11 @@ class Job:
     def receive(self, place, clip):
         self.frames[place] = clip
 
+    def where(self, place):
+        """-> the number of a place's episode, and the place in it."""
+        row, column = divmod(place, self.indices.shape[-1])
+        return self.number + row, column
+
     def replace(self, place, seed):
         """Puts another video of the same class in a place."""
         used = self.used[place // self.indices.shape[-1]]
@@ -390,7 +397,7 @@ class Job:
             sys.exit(f'Class {self.split.classes[label]!r} of split {self.split.name} has too few readable videos for an '
                      f'episode: leave it out, or lower the shots or the queries.')
         self.tries[place] += 1
-        chosen = others[np.random.default_rng([seed, self.number, place, self.tries[place], 2]).integers(len(others))]
+        chosen = others[np.random.default_rng([seed, *self.where(place), self.tries[place], 2]).integers(len(others))]
         used.add(chosen)
         self.indices.flat[place] = chosen
 

@@ -3,10 +3,12 @@
     python train.py sample_configs/moving_shapes.py
     python train.py sample_configs/diving48.py --data_root=/data/diving48/clips --lr=1e-5
     python train.py sample_configs/diving48.py --resume=True
+    torchrun --standalone --nproc_per_node=4 train.py sample_configs/diving48.py
 
 Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import torch
 import data
 import eval as evaluation
 import pictures
+import ranks
 from config import load_config, resolve_device
 from model import class_scores, episode_loss, log_scores, trainable_state
 
@@ -38,20 +41,41 @@ def learning_rate(config, i):
     return config['lr'] * (1 + math.cos(math.pi * done)) / 2
 
 
-def episodes_from(config, split, sizes, first):
-    """Endless jobs (meta_batch, B) of sizes (way, shot, queries) from step `first` on, each a pure function of the seed."""
-    size = config['meta_batch']
+def episodes_from(config, split, sizes, first, count):
+    """Endless jobs (count, B): of each step's meta_batch episodes of sizes (way, shot, queries) `count` from number `first` on,
+    each a pure function of the seed and its number."""
     while True:
-        yield np.stack([data.episode(split, *sizes, config['seed'], number)
-                        for number in range(first * size, (first + 1) * size)])
-        first += 1
+        yield np.stack([data.episode(split, *sizes, config['seed'], number) for number in range(first, first + count)])
+        first += config['meta_batch']
 
 
 def cached(config, draws, jobs, first):
     """Like ClipReader.stream, from `draws`: lists of what the frozen part gave of every video, one list a draw of frames."""
-    for number, indices in enumerate(jobs, first):
-        draw = np.random.default_rng([config['seed'], number]).integers(len(draws))
-        yield [x[torch.from_numpy(indices)].float() for x in draws[draw]], indices
+    for indices in jobs:  # (E, B)
+        chosen = [draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))] for i in range(len(indices))]
+        rows = torch.from_numpy(indices)
+        yield [torch.stack([draw[i][row] for draw, row in zip(chosen, rows)]).float() for i in range(len(draws[0]))], indices
+        first += config['meta_batch']
+
+
+def on_device(batches, device):
+    """The same batches on the device: on CUDA the next one is copied there while this one is computed with."""
+    if torch.device(device).type == 'cpu':
+        yield from batches
+    stream, before = torch.cuda.Stream(device), None
+    for frames, indices in batches:  # endless
+        with torch.cuda.stream(stream):
+            batch = frames.to(device, non_blocking=True), indices
+        if before:
+            yield before
+        torch.cuda.current_stream().wait_stream(stream)
+        batch[0].record_stream(torch.cuda.current_stream())
+        before = batch
+
+
+def part_of(episodes, i, size):
+    """`size` episodes from number i on of a batch: of frames, or of the list of what the frozen part gave."""
+    return [x[i:i + size] for x in episodes] if isinstance(episodes, list) else episodes[i:i + size]
 
 
 def save(path, checkpoint):
@@ -74,36 +98,41 @@ def open_log(path, iteration):
 
 def main():
     config = load_config(sys.argv[1:])
-    print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     device, dtype = resolve_device(config)
+    device = ranks.begin(device)
+    rank, world = ranks.rank_of()
     cuda = torch.device(device).type == 'cuda'
+    print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     if not cuda:
         print('No CUDA: training on the CPU in float32, without compile.')
+    if config['meta_batch'] % world:
+        sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
     torch.set_float32_matmul_precision('high')
     if config['deterministic']:
+        print('deterministic=True: the same run gives the same bits on CUDA too, and is slower.')
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
         torch.use_deterministic_algorithms(True)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
     out_dir = config['out_dir']
     try:
         os.makedirs(out_dir, exist_ok=True)
-        save(os.path.join(out_dir, 'writable'), {})
-        os.remove(os.path.join(out_dir, 'writable'))
+        save(os.path.join(out_dir, f'writable{rank}'), {})
+        os.remove(os.path.join(out_dir, f'writable{rank}'))
     except (OSError, RuntimeError) as error:
         sys.exit(f'Cannot write into out_dir={out_dir}: {error}')
 
     # data and model
-    splits = data.load_splits(config)
+    with ranks.rank_0_first():  # it makes or fetches what is missing
+        splits, clip = data.load_splits(config), evaluation.load_clip(config)
     train, val, test = splits['train'], splits['val'], splits['test']
     way, shot, queries = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
     data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
-    clip = evaluation.load_clip(config)
     model = evaluation.build(config, clip).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in model.visual.parameters()) / 1e6:.2f} M frozen ones')
     optimizer = torch.optim.AdamW(parameters, config['lr'], betas=(0.9, 0.999), weight_decay=config['weight_decay'], fused=cuda)
-    scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype is torch.float16)
     state = dict(iter=0, best=-1.0, loss=0.0, correct=0.0, steps=0)  # the last three: sums since the last log line
 
     def checkpoint():
@@ -129,7 +158,7 @@ def main():
         print(f'resumed at step {state["iter"]}')
     elif os.path.exists(last):
         print(f'starting anew: {last} will be overwritten (--resume=True goes on from it)')
-    log = open_log(os.path.join(out_dir, 'log.jsonl'), state['iter'])
+    log = open_log(os.path.join(out_dir, 'log.jsonl'), state['iter']) if rank == 0 else open(os.devnull, 'w')
 
     support_labels = torch.arange(way, device=device).repeat_interleave(shot)
     query_labels = torch.arange(way, device=device).repeat_interleave(queries)
@@ -143,81 +172,110 @@ def main():
 
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
-        encoded_val = evaluation.encode_frozen(model, val, reader, device, autocast)
-        val_way, _, val_queries = data.fit_episode(config, encoded_val['videos'], min(way, len(val.classes)), 1,
-                                                   config['test_queries'])
-        val_episodes, _ = evaluation.episode_list(encoded_val['videos'], val_way, 1, val_queries, config['seed'],
-                                                  config['val_episodes'])
-        jobs = episodes_from(config, train, (way, shot, queries), state['iter'])
+        val_videos, val_frozen = evaluation.encode_frozen(model, val, reader, device, autocast)
+        val_sizes = data.fit_episode(config, val_videos, min(way, len(val.classes)), 1, config['test_queries'])
+        val_episodes = evaluation.draw_episodes(val_videos, *val_sizes, config['seed'], config['val_episodes'])
+        share = config['meta_batch'] // world  # episodes of a step that are this rank's
+        first = state['iter'] * config['meta_batch'] + rank * share
+        jobs = episodes_from(config, train, (way, shot, queries), first, share)
         if config['cache_prefix']:
-            draws = [evaluation.encode_frozen(model, train, reader, device, autocast, draw)['frozen']
+            draws = [evaluation.encode_frozen(model, train, reader, device, autocast, draw)[1]
                      for draw in range(config['cache_prefix'])]
-            batches, forward = cached(config, draws, jobs, state['iter']), model.features
+            batches = cached(config, draws, jobs, first)
         else:
-            batches, forward = reader.stream(train, jobs, train=True, first=state['iter']), model
+            batches = on_device(reader.stream(train, jobs, True, first, config['meta_batch']), device)
+        forward = model
+        if world > 1:
+            forward = torch.nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
         if config['compile'] is True or (config['compile'] == 'auto' and cuda):
             forward = torch.compile(forward)
-        waited, began = 0.0, time.perf_counter()
-        while state['iter'] < config['max_iters'] and not stop:
+        size = config['micro_batch'] or share
+
+        def settle(number, numbers, indices):
+            """Reads the loss, accuracy and signals of step `number` off the device, and stops at a loss that is not finite."""
+            loss, accuracy, stopped = (numbers / world).tolist()
+            if not math.isfinite(loss):
+                sys.exit(f'The loss is {loss} at step {number}; {last} is the last good checkpoint. The videos: '
+                         + ', '.join(train.videos[i].path for i in indices.flat))
+            state['loss'] += loss
+            state['correct'] += accuracy
+            state['steps'] += 1
+            return stopped > 0
+
+        waited, began, unsettled, stopped = 0.0, time.perf_counter(), [], False
+        while state['iter'] < config['max_iters'] and not stopped:
             now = time.perf_counter()
-            inputs, indices = next(batches)  # frames (E, B, T, 3, H, W), or what the frozen part made of them
-            inputs = inputs if config['cache_prefix'] else inputs.to(device, non_blocking=True)
+            episodes, indices = next(batches)
             waited += time.perf_counter() - now
 
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(config, state['iter'])
-            with autocast:
-                features = forward(inputs, way * shot)  # (E, B, D)
-            scores = log_scores(features, way * shot, config['temp'])  # (E, M, N*K)
-            loss = episode_loss(scores, support_labels, query_labels, config['loss'])
-            scaler.scale(loss).backward()
+            numbers = torch.zeros(3, device=device)  # loss, training accuracy, whether a signal came
+            for i in range(0, share, size):
+                part = part_of(episodes, i, size)
+                weight = min(size, share - i) / share
+                final = i + size >= share  # gradients of all ranks meet once a step
+                with contextlib.nullcontext() if final or world == 1 else forward.no_sync():
+                    with autocast:
+                        features = forward(part, way * shot)  # (E, B, D)
+                    scores = log_scores(features, way * shot, config['temp'])  # (E, M, N*K)
+                    loss = weight * episode_loss(scores, support_labels, query_labels, config['loss'])
+                    scaler.scale(loss).backward()
+                right = class_scores(scores.detach(), support_labels).argmax(-1) == query_labels
+                numbers += torch.stack([loss.detach(), weight * right.float().mean(), torch.zeros_like(loss)])
             scaler.unscale_(optimizer)
             if config['grad_clip']:
                 torch.nn.utils.clip_grad_norm_(parameters, config['grad_clip'])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            value = loss.item()
-            if not math.isfinite(value):
-                sys.exit(f'The loss is {value} at step {state["iter"] + 1}; {last} is the last good checkpoint. '
-                         'The videos: ' + ', '.join(train.videos[i].path for i in indices.flat))
-
+            numbers[2] = len(stop)
             state['iter'] += 1
-            state['steps'] += 1
-            state['loss'] += value
-            state['correct'] += (class_scores(scores.detach(), support_labels).argmax(-1) == query_labels).float().mean().item()
-            if state['iter'] % config['log_interval'] == 0:
+            unsettled.append((state['iter'], ranks.add_up(numbers), indices))
+
+            logs = state['iter'] % config['log_interval'] == 0
+            validates = state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']
+            while len(unsettled) > (cuda and not logs and not validates):  # on CUDA a step late: so it need not wait for us
+                stopped = settle(*unsettled.pop(0)) or stopped
+            if logs:
                 steps, seconds = state['steps'], time.perf_counter() - began
                 entry = dict(iter=state['iter'], loss=state['loss'] / steps, accuracy=100 * state['correct'] / steps,
                              lr=optimizer.param_groups[0]['lr'], ms_data=1000 * waited / steps,
-                             ms_compute=1000 * (seconds - waited) / steps, videos_per_s=indices.size * steps / seconds)
+                             ms_compute=1000 * (seconds - waited) / steps,
+                             videos_per_s=indices.size * world * steps / seconds)
                 print('step {iter}  loss {loss:.4f}  train accuracy {accuracy:.1f} %  {ms_data:.0f} + {ms_compute:.0f} ms '
                       '(data + compute)  {videos_per_s:.0f} videos/s'.format(**entry), flush=True)
                 log.write(json.dumps(entry) + '\n')
                 state.update(loss=0.0, correct=0.0, steps=0)
                 waited, began = 0.0, time.perf_counter()
-            if state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']:
+            if validates:
                 now = time.perf_counter()
-                accuracy = evaluation.validate(config, model, encoded_val, val_episodes, device, autocast)
+                accuracy = evaluation.validate(config, model, val_videos, val_frozen, val_episodes, device, autocast)
                 print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % '
-                      f'({val_way}-way 1-shot, {len(val_episodes)} episodes)', flush=True)
+                      f'({val_sizes[0]}-way 1-shot, {len(val_episodes)} episodes)', flush=True)
                 if accuracy > state['best']:
                     state['best'] = float(accuracy)
-                    save(best, checkpoint())
-                save(last, checkpoint())
+                    if rank == 0:
+                        save(best, checkpoint())
+                if rank == 0:
+                    save(last, checkpoint())
                 began += time.perf_counter() - now
-        if stop:
-            save(last, checkpoint())
-            sys.exit(f'Stopped at step {state["iter"]} by {signal.Signals(stop[0]).name}; --resume=True goes on from {last}.')
+        if stopped:
+            for step in unsettled:
+                settle(*step)
+            if rank == 0:
+                save(last, checkpoint())
+            sys.exit(f'Stopped at step {state["iter"]} by a signal; --resume=True goes on from {last}.')
 
         # the test split is read once, here
-        if not os.path.exists(best):
-            return
-        evaluation.restore(model, clip, evaluation.load_checkpoint(best, device), best)
-        encoded_test = evaluation.encode_split(config, clip, model, test, reader, device, autocast)
-        rows, _ = evaluation.evaluate(config, clip, model, encoded_test, device, autocast)
-        pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
-        evaluation.save_rows(rows, os.path.join(out_dir, 'results.json'))
+        with ranks.rank_0_first():  # it may still be writing best.pt
+            evaluation.restore(model, clip, evaluation.load_checkpoint(best, device), best)
+        encoded_test = evaluation.encode_split(config, clip, [model], test, reader, device, autocast)
+        rows, _, _ = evaluation.evaluate({**config, 'ckpt': [best]}, clip, [model], encoded_test, device, autocast)
+        if rank == 0:
+            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
+            evaluation.save_json(os.path.join(out_dir, 'results.json'), rows)
+        ranks.end()
     finally:
         reader.close()
 

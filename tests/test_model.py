@@ -25,7 +25,7 @@ from model import (
 WAY, SHOT, QUERIES, T = 3, 2, 2, 4
 B = WAY * (SHOT + QUERIES)
 CONFIG = dict(levels=3, temporal_adapter=True, cls_token=False, cross_video='joint', attn_proj=True, mlp_order='serial',
-              alpha_init='random', frames=T, norm='clip')
+              alpha_init='random', frames=T, norm='clip', recompute=False, frozen_dtype='float32')
 
 
 def fresh(seed=0, **options):
@@ -105,6 +105,17 @@ def test_attention_equals_multihead_attention(form, masked):
     for a, b in zip(torch.autograd.grad((out * direction).sum(), [*inputs, *ours.parameters()], retain_graph=True),
                     torch.autograd.grad((expected * direction).sum(), [*inputs, *theirs.parameters()])):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('rows', [3, 100])
+def test_folding_by_video_equals_folding_over_copies(monkeypatch, rows):
+    """However many uses of a video go at a time, and with a video that nobody uses."""
+    monkeypatch.setattr('model.FOLDED_ROWS', rows)
+    torch.manual_seed(0)
+    attn, ln, index = Attention(128, 2), nn.LayerNorm(128), torch.tensor([3, 0, 3, 1, 0, 3, 4])
+    q, x = torch.randn(7, 128), F.layer_norm(torch.randn(5, 10, 128), (128,))
+    nn.init.normal_(ln.weight), nn.init.normal_(ln.bias)
+    torch.testing.assert_close(attn.folded_by_video(q, x, ln, index), attn.folded(q, x[index], ln), rtol=1e-4, atol=1e-5)
 
 
 def test_temporal_adapter_is_a_depthwise_convolution_over_time():
@@ -288,3 +299,48 @@ def test_mlp_is_clips():
     h = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
     expected = (h / (1 + torch.exp(-1.702 * h))) @ mlp.c_proj.weight.T + mlp.c_proj.bias
     torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize('adapter', [True, False])
+@pytest.mark.parametrize('recompute', [True, False])
+def test_compiles_in_one_graph_with_the_same_gradients(adapter, recompute):
+    """fullgraph=True raises at a graph break. The backend traces forward and backward and runs them as they are."""
+    torch._dynamo.reset()
+    model, frames = shaken(temporal_adapter=adapter, recompute=recompute), clips(2, B)
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')):
+        features = forward(frames, WAY * SHOT)
+        results.append([features.detach(), *torch.autograd.grad(features.square().sum(), trainable_parameters(model))])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    frames, results, kept = clips(1, B), [], []
+    for recompute in (False, True):
+        model, saved = shaken(recompute=recompute), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            features = model(frames, WAY * SHOT)
+        results.append(torch.autograd.grad(features.square().sum(), trainable_parameters(model)))
+        kept.append(sum(saved))
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize('adapter', [True, False])
+def test_frozen_part_in_bfloat16_is_near_and_trains(adapter):
+    frames = clips(1, B)
+    exact, half = shaken(temporal_adapter=adapter), shaken(temporal_adapter=adapter, frozen_dtype='bfloat16')
+    assert half.visual.conv1.weight.dtype == torch.bfloat16 and half.query.dtype == torch.float32
+    a, b = exact(frames, WAY * SHOT), half(frames, WAY * SHOT)
+    assert a.dtype == b.dtype and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99
+    assert all(g is not None for g in torch.autograd.grad(b.sum(), trainable_parameters(half)))
+
+
+@pytest.mark.cuda
+def test_cuda_compiled_half_precision_is_near_the_cpu():
+    frames = clips(2, B)
+    expected = shaken()(frames, WAY * SHOT)
+    model = torch.compile(shaken().cuda())
+    with torch.autocast('cuda', torch.float16):
+        features = model(frames.cuda(), WAY * SHOT).float().cpu()
+    assert F.cosine_similarity(features, expected, dim=-1).min() > 0.99

@@ -167,6 +167,131 @@ def test_eval_from_checkpoint_gives_the_same_table(world, trained):
         assert {k: v for k, v in row.items() if k != 'seconds'} == {k: v for k, v in other.items() if k != 'seconds'}
 
 
+def rows_of(out_dir):
+    """results.json without what depends on the clock or the place."""
+    return [{k: v for k, v in row.items() if k not in ('seconds', 'checkpoint')}
+            for row in json.loads((out_dir / 'results.json').read_text())]
+
+
+def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path):
+    """features_dir: the same table; a second test encodes nothing; a file cut in the middle of a video goes on from there."""
+    ckpt = f'--ckpt={trained[0] / "best.pt"}'
+    first = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "1"}')
+    assert 'encoded 12 of 12 test videos' in first.output and rows_of(tmp_path / '1') == rows_of(trained[0])
+    again = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
+    assert 'encoded 0 of 12' in again.output
+    file, = tmp_path.glob('features_test_*.bin')
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole) // 12 * 7 + 5])
+    cut = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "3"}')
+    assert 'encoded 5 of 12' in cut.output and file.read_bytes() == whole and rows_of(tmp_path / '3') == rows_of(trained[0])
+    run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "4"}', '--probe=True')
+    assert len(list(tmp_path.glob('*.bin'))) == 2  # other features, another file
+
+
+def test_features_that_exceed_memory_go_into_a_file(world, trained, tmp_path):
+    result = run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--features_gb=0', f'--out_dir={tmp_path}')
+    assert str(tmp_path / 'features_test_') in result.output and rows_of(tmp_path) == rows_of(trained[0])
+
+
+def test_episodes_saved_and_loaded(world, trained, tmp_path):
+    """Another seed with the saved list gives the first seed's test; what the list lacks is said."""
+    options = [f'--ckpt={trained[0] / "best.pt"}', f'--episodes_file={tmp_path / "episodes.json"}']
+    run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
+    run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}', '--seed=5')
+    first, second = rows_of(tmp_path / '1'), rows_of(tmp_path / '2')
+    assert [{**row, 'seed': 42} for row in second] == first
+    assert 'has no 2-way 3-shot episodes' in run(evaluation, world, *options, '--test_shots=[3]', check=False).error
+    (tmp_path / 'episodes.json').write_text((tmp_path / 'episodes.json').read_text().replace('0003', '9999'))
+    assert "such as 'fade in/9999.mp4'" in run(evaluation, world, *options, check=False).error.replace('out', 'in')
+    (tmp_path / 'episodes.json').write_text('[1]')
+    assert 'is no file of --episodes_file' in run(evaluation, world, *options, check=False).error
+
+
+def test_several_checkpoints_give_each_and_all(world, trained, tmp_path):
+    for seed in (1, 2):
+        run(train, world, f'--out_dir={tmp_path / f"seed{seed}"}', f'--seed={seed}', '--max_iters=3')
+    result = run(evaluation, world, f'--ckpt={tmp_path}/seed*/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path}')
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    for mode in ('vba-joint', 'vba-inductive'):
+        one, two, both = (row for row in rows if row['method'] == mode)
+        assert one['checkpoint'].endswith('seed1/best.pt') and two['checkpoint'].endswith('seed2/best.pt')
+        assert both['accuracy'] == pytest.approx((one['accuracy'] + two['accuracy']) / 2)
+        assert both['spread'] == pytest.approx(abs(one['accuracy'] - two['accuracy']) / 2 ** 0.5)
+    assert '2 checkpoints' in result.output
+    alone = run(evaluation, world, f'--ckpt={tmp_path}/seed2/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path / "alone"}')
+    expected = [row['accuracy'] for row in json.loads((tmp_path / 'alone' / 'results.json').read_text())]
+    assert expected == [row['accuracy'] for row in (rows[0], rows[1], rows[4], rows[5])] and alone.error is None
+    run(train, world, f'--out_dir={tmp_path / "seed3"}', '--levels=1', '--max_iters=3')
+    assert 'levels=2, not 1' in run(evaluation, world, f'--ckpt={tmp_path}/seed*/best.pt', check=False).error
+
+
+def test_several_ways_from_one_encoding(world):
+    run(evaluation, world, '--test_split=train', '--test_ways=[2, 4]', '--test_shots=[1]', f'--out_dir={world / "ways"}')
+    assert [row['way'] for row in rows_of(world / 'ways') if row['method'] == 'clip-mean-pool'] == [2, 4]
+
+
+def test_another_datasets_results_lie_beside_the_checkpoint(world, trained, tmp_path):
+    """A test across datasets: the checkpoint's model, the other config's data, and no other run's results overwritten."""
+    other = tmp_path / 'other.py'
+    other.write_text((world / 'config.py').read_text().replace("dataset='tiny'", "dataset='other', levels=1, temp=5.0"))
+    before = (trained[0] / 'results.json').read_text()
+    argv, sys.argv = sys.argv, ['eval.py', str(other), *SPEED, f'--ckpt={trained[0] / "best.pt"}']
+    try:
+        evaluation.main()
+    finally:
+        sys.argv = argv
+    rows = json.loads((trained[0] / 'results_other.json').read_text())
+    assert {row['dataset'] for row in rows} == {'other'} and rows[-1]['trained_on'] == 'tiny'
+    assert (trained[0] / 'results.json').read_text() == before
+
+
+def torchrun(world, script, *options, processes=2):
+    """A script in several processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', ROOT / script,
+               world / 'config.py', *SPEED, *options]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
+    """The same episodes on two ranks: the same losses, weights and table up to rounding; resuming too."""
+    result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--max_iters=3')
+    assert result.returncode == 0, result.stderr
+    result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--resume=True')
+    assert result.returncode == 0 and result.stdout.count('validation') == 1, result.stderr
+    for (number, loss, accuracy), (other, expected, right) in zip(losses(tmp_path)[1:], losses(trained[0])[1:], strict=True):
+        assert (number, accuracy) == (other, pytest.approx(right)) and loss == pytest.approx(expected, rel=1e-3)
+    ours, theirs = (torch.load(path / 'last.pt', weights_only=True)['model'] for path in (tmp_path, trained[0]))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-4)
+    run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', f'--out_dir={tmp_path / "alone"}')
+    assert rows_of(tmp_path / 'alone') == rows_of(tmp_path)
+
+
+def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path):
+    result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--meta_batch=3')
+    assert result.returncode and 'cannot be shared out evenly to 2 processes' in result.stderr
+
+
+def test_dead_rank_ends_the_run_with_a_message(world, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py',
+         world / 'config.py', *SPEED, f'--out_dir={tmp_path}', '--max_iters=100000'],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while process.poll() is None and not (tmp_path / 'last.pt').exists():
+        time.sleep(0.05)
+    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode and 'SIGKILL' in error
+    torch.load(tmp_path / 'last.pt', weights_only=True)  # whole
+
+
+def test_micro_batches_add_up_to_the_whole(world, trained, tmp_path):
+    run(train, world, f'--out_dir={tmp_path}', '--micro_batch=1', '--max_iters=2')
+    assert losses(tmp_path)[0][1] == pytest.approx(losses(trained[0])[0][1], rel=1e-4)
+
+
 def test_eval_without_checkpoint_is_training_free(world):
     run(evaluation, world, f'--out_dir={world / "free"}')
     rows = json.loads((world / 'free' / 'results.json').read_text())
@@ -197,24 +322,25 @@ def test_cached_episodes_equal_the_model_on_frames(world, mode):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * p.requires_grad)
     split = data.load_splits(config)['test']
     reader, autocast = data.ClipReader(config, 32), torch.autocast('cpu', enabled=False)
-    encoded = evaluation.encode_frozen(model, split, reader, 'cpu', autocast)
-    start, tokens = evaluation.encode(model, encoded['frozen'], autocast)
-    episodes, _ = evaluation.episode_list(split, 2, 2, 1, 0, 5)
+    encoded = evaluation.encode_split(config, clip, [model], split, reader, 'cpu', autocast)
+    (start, tokens), = encoded['kept']
+    episodes = evaluation.draw_episodes(split, 2, 2, 1, 0, 5)
     scores = evaluation.vba(model, start, tokens, 2, 2, mode, 10.0, autocast)(torch.from_numpy(episodes))
     for episode, cached in zip(episodes, scores):
         frames, _ = next(reader.stream(split, [episode], train=False))
         with torch.no_grad():
             expected = class_scores(log_scores(model(frames[None], 4), 4, 10.0), torch.tensor([0, 0, 1, 1]))[0]
-        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cached, expected, rtol=1e-2, atol=1e-3)  # kept in half precision
+        assert (cached.argmax(-1) == expected.argmax(-1)).all()
     reader.close()
 
 
 def test_episode_list_depends_on_seed_and_videos_alone(world):
     split = data.load_splits(load_config([str(world / 'config.py')]))['train']
-    episodes, name = evaluation.episode_list(split, 3, 2, 1, 7, 20)
-    again, same_name = evaluation.episode_list(split, 3, 2, 1, 7, 20)
-    assert np.array_equal(episodes, again) and name == same_name
-    assert evaluation.episode_list(split, 3, 2, 1, 8, 20)[1] != name
+    episodes, again, others = (evaluation.draw_episodes(split, 3, 2, 1, seed, 20) for seed in (7, 7, 8))
+    name = evaluation.hash_of(split, episodes)
+    assert np.array_equal(episodes, again) and evaluation.hash_of(split, others) != name
+    assert evaluation.hash_of(evaluation.subset(split, np.arange(len(split.videos))[::-1]), episodes) != name
     for episode in episodes:
         classes = split.labels[episode]
         assert (classes[:6].reshape(3, 2) == classes[6:, None]).all() and len(set(classes)) == 3 and len(set(episode)) == 9
@@ -230,7 +356,8 @@ def test_mean_pool_by_hand():
     scores = evaluation.mean_pool(pooled, 1, 2)(torch.tensor([[0, 1, 3]]))
     prototype = (pooled[0] + pooled[1]) / (pooled[0] + pooled[1]).norm()
     torch.testing.assert_close(scores[0, 0, 0], prototype @ pooled[3])
-    assert evaluation.predict(evaluation.mean_pool(pooled, 2, 1), np.array([[0, 2, 3, 4]]), 8, 'cpu').tolist() == [[0, 1]]
+    episodes = np.array([[0, 2, 3, 4]])
+    assert evaluation.predict(evaluation.mean_pool(pooled, 2, 1), episodes, 2, 2, 'cpu', '').tolist() == [[0, 1]]
 
 
 def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained):
