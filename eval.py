@@ -31,7 +31,7 @@ from decode import UnreadableVideo, Video, stamp
 from model import VBA, class_scores, inductive_mask, log_scores, trainable_state
 from reader import ClipMaker
 
-QUERY_BYTES = dict(cpu=2 ** 26, cuda=2 ** 28)  # of Q, for the episodes that go at a time
+QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # of Q for the episodes that go at a time: on a CPU few enough for its caches
 MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
                  'mlp_order', 'frames', 'norm', 'temp', 'resize')
 ENCODE_VIDEOS = 16  # videos encoded at a time

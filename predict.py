@@ -7,7 +7,7 @@
 my_examples/ holds a folder for each class with one or more clips, which are video files or folders of numbered frames.
 
 In reading order: examples (read_examples, save_examples, load_examples), from frames to scores (encode_frames, follow,
-encode_examples, score), long videos (windows, merge), queries (find_queries, labelled, answer).
+encode_examples, score), long videos (windows, windows_apart, merge), queries (find_queries, labelled, answer).
 Queries never see each other (inductive), so a label does not depend on what else is asked.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections import deque
@@ -30,9 +31,9 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from config import resolve_device
-from decode import Converter, UnreadableVideo, Video, number_in
+from decode import VIDEOS, Converter, UnreadableVideo, Video, number_in
 from model import class_scores, inductive_mask, log_scores
-from reader import ClipMaker, ClipReader
+from reader import TIME_LIMIT, ClipMaker, ClipReader
 
 BATCH = 16  # clips encoded at a time
 
@@ -41,7 +42,12 @@ BATCH = 16  # clips encoded at a time
 
 def read_examples(folder):
     """A folder with a folder for each class -> data.Split. Stops with one sentence when it has fewer than two classes."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
+    entries = list(os.scandir(folder))
+    loose = [entry.name for entry in entries if entry.name.lower().endswith(VIDEOS)]
+    if loose:
+        print(f'Warning: {folder} holds {len(loose)} clips outside of class folders, such as {loose[0]}; left out.',
+              file=sys.stderr)
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
     if len(names) < 2:
         sys.exit(f'{folder} holds {len(names)} class folders, not two or more with clips or folders of frames in each.')
     found = [sorted(video for _, video in data.list_folders(os.path.join(folder, name))) for name in names]
@@ -242,6 +248,41 @@ def windows(path, config, image_size):
         raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error
 
 
+def windows_apart(path, config, image_size):
+    """The same from a process of its own: a file that crashes the decoder, or on which it hangs, does no harm to this one."""
+    context = multiprocessing.get_context('forkserver')
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_windows, args=(theirs, path, config, image_size), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            if not ours.poll(TIME_LIMIT):
+                raise UnreadableVideo(f'{path}: not decoded within {TIME_LIMIT} s')
+            match ours.recv():
+                case start, end, frames:
+                    yield start, end, torch.from_numpy(frames)
+                case None:
+                    return
+                case error:
+                    raise UnreadableVideo(error)
+    except EOFError:
+        raise UnreadableVideo(f'{path}: the decoder crashed on it') from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def send_windows(pipe, path, config, image_size):
+    torch.set_num_threads(1)
+    try:
+        for start, end, clip in windows(path, config, image_size):
+            pipe.send((start, end, clip.numpy()))
+        pipe.send(None)
+    except UnreadableVideo as error:
+        pipe.send(str(error))
+
+
 def merge(rows):
     """Windows (start, end, class, score) in order -> yields the same with neighbours of one class joined, scores averaged.
 
@@ -290,7 +331,8 @@ def all_windows(paths, config, image_size):
     """Yields (path, start, end, clip) for each window of each path, and (path, None, None, what is wrong) where it fails."""
     for path in paths:
         try:
-            yield from ((path, *window) for window in windows(path, config, image_size))
+            slide = windows_apart if config['workers'] else windows
+            yield from ((path, *window) for window in slide(path, config, image_size))
         except UnreadableVideo as error:
             print(f'Warning: unreadable video {error}; left out.', file=sys.stderr, flush=True)
             yield path, None, None, str(error)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import multiprocessing
+import shutil
 import sys
 import weakref
 from collections import deque
@@ -18,7 +20,7 @@ import clip_loader
 import eval as evaluation
 import predict
 from config import DEFAULTS
-from decode import Video
+from decode import UnreadableVideo, Video
 from model import class_scores, log_scores, trainable_state
 from reader import ClipMaker
 
@@ -343,6 +345,27 @@ def test_windows_of_what_cannot_be_read(world, call, tmp_path):
     result = call(query=paths, json=True, window=0.5)
     assert result.status == '1 of 2 queries could not be read.' and 'empty.mp4' in result.rows[0]['error']
     assert result.rows[1]['timeline'][0]['name'] == 'red'
+
+
+def test_windows_from_their_own_process_and_its_death(tmp_path):
+    path = write_video(tmp_path / 'long.mp4', shades('red', 300, 5))
+    config = dict(DEFAULTS, **OPTIONS, window=2.0, stride=0.5)
+    here, apart = list(predict.windows(str(path), config, 32)), list(predict.windows_apart(str(path), config, 32))
+    assert len(here) == 117
+    for (start, end, clip), (other_start, other_end, other) in zip(here, apart, strict=True):
+        assert (start, end) == (other_start, other_end) and torch.equal(clip, other)
+    slide = predict.windows_apart(str(path), config, 32)
+    next(slide)
+    multiprocessing.active_children()[-1].kill()
+    with pytest.raises(UnreadableVideo, match='crashed'):
+        list(slide)
+
+
+def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
+    shutil.copytree(world / 'examples', tmp_path / 'examples')
+    shutil.copy(world / 'queries' / 'red.mp4', tmp_path / 'examples' / 'loose.mp4')
+    result = call(support=tmp_path / 'examples', query=world / 'queries')
+    assert result.status is None and '1 clips outside of class folders, such as loose.mp4' in result.err
 
 
 def test_merge():
