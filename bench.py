@@ -2,7 +2,8 @@
 
     python bench.py decode [--folder=clips]       frames of a file, against PyAV, decord, torchcodec, OpenCV if installed
     python bench.py encode [--images=80]          the frozen ViT, against open_clip's if installed
-    python bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor
+    python bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor;
+                                                  of a config whose videos are there also with frames from the loader
     python bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
 
 More options: --rounds=5, --episodes=64, --out=table.json, and all of config.py's. Weights are random unless --clip= names
@@ -12,6 +13,7 @@ some: speed is the same. On a CPU OMP_NUM_THREADS says how many threads compute.
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -31,11 +33,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import data
 import eval as evaluation
 from config import DEFAULTS, load_config, resolve_device
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices
 from model import episode_loss, log_scores
-from reader import ClipMaker
+from reader import ClipMaker, ClipReader
 
 OPTIONS = dict(folder='', out='', rounds=5, images=80, videos=100, episodes=64)  # besides config.py's
 SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
@@ -285,13 +288,16 @@ def encode(options, config):
     """Our frozen part from uint8 pixels, keeping what the aggregator needs; open_clip's tower from ready float images."""
     device, dtype = resolve_device(config)
     clip = evaluation.load_clip(config)
-    model = evaluation.build({**config, 'temporal_adapter': False}, clip).to(device)
-    half = copy.deepcopy(model)
-    half.visual.bfloat16()
+    config = {**config, 'temporal_adapter': False}
+    half = evaluation.build({**config, 'frozen_dtype': 'bfloat16'}, copy.deepcopy(clip)).to(device)
+    model = evaluation.build(config, clip).to(device)
     videos, size = -(-options['images'] // config['frames']), clip.visual.image_size
     frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
-    contestants = {'ours, fp32': lambda: model.frozen(frames, head=True)[1].flatten(0, 1),
-                   'ours, bf16 weights': lambda: half.frozen(frames, head=True)[1].flatten(0, 1)}
+    contestants = {'ours, fp32': lambda: model.frozen(frames, head=True)[1].flatten(0, 1)}
+    rates = {dtype: machine(device, dtype)[0] / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    print(', '.join(f'a matrix product in {dtype}: {rate:.0f} GFLOP/s' for dtype, rate in rates.items()))
+    if rates[torch.bfloat16] > rates[torch.float32] / 4:  # else this processor only emulates it
+        contestants['ours, bf16 weights'] = lambda: half.frozen(frames, head=True)[1].flatten(0, 1)
     base, tower = 'ours, fp32', open_clip_tower(model.visual)
     if tower:
         images, base = model.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
@@ -326,8 +332,8 @@ def projected(model):
     return model
 
 
-def stepper(model, frames, config, device, dtype):
-    """-> a function that does one step of train.py on ready frames and returns the loss."""
+def stepper(model, batches, config, device, dtype):
+    """-> a function that does one step of train.py on the next of `batches` and returns the loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     cuda = torch.device(device).type == 'cuda'
     optimizer = torch.optim.AdamW(parameters, config['lr'], weight_decay=config['weight_decay'], fused=cuda)
@@ -337,7 +343,7 @@ def stepper(model, frames, config, device, dtype):
 
     def step():
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
-            features = forward(frames, len(supports))
+            features = forward(next(batches), len(supports))
         loss = episode_loss(log_scores(features, len(supports), config['temp']), supports, queries, config['loss'])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -381,26 +387,42 @@ def machine(device, dtype):
 
 
 def train(options, config):
-    """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates."""
+    """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates.
+
+    Without adapters also as with cache_prefix: from what the frozen part gave. From the loader: training clips of the config,
+    read, decoded and cropped anew.
+    """
     device, dtype = resolve_device(config)
     torch.set_float32_matmul_precision('high')
     clip, rows = evaluation.load_clip(config), []
     size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
     shape = config['meta_batch'], videos, config['frames'], 3, size, size
+    loader = None
+    if config['dataset'] and os.path.isdir(config['data_root']):
+        reader, split = ClipReader({**config, 'cache_gb': 0.0}, size), data.load_splits(config)['train']
+        sizes, count_up = (config['way'], config['shot'], config['queries']), itertools.count()
+        jobs = (np.stack([data.episode(split, *sizes, 0, next(count_up)) for _ in range(shape[0])]) for _ in count_up)
+        loader = (batch.to(device, non_blocking=True) for batch, _ in reader.stream(split, jobs, True, 0, shape[0]))
     frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for adapter in (False, True):
         model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
         flops, moved = count(model, frames, config['way'] * config['shot'])
-        steps = {'ours': stepper(model, frames, config, device, dtype),
-                 'nn.MultiheadAttention': stepper(projected(model), frames, config, device, dtype)}
+        ready, kept = itertools.repeat(frames), itertools.repeat(model.frozen(frames)[0])
+        steps = {'ours': stepper(model, ready, config, device, dtype),
+                 'nn.MultiheadAttention': stepper(projected(model), ready, config, device, dtype)}
+        if not adapter:
+            steps['ours, kept'] = stepper(copy.deepcopy(model), kept, config, device, dtype)
+            steps['nn.MultiheadAttention, kept'] = stepper(projected(model), kept, config, device, dtype)
+        if loader:
+            steps['ours, from the loader'] = stepper(copy.deepcopy(model), loader, config, device, dtype)
         peaks, losses = {}, []
         for name, step in steps.items():
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             losses.append(step())
             peaks[name] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else ''
-        if abs(losses[0] - losses[1]) > 1e-2 * abs(losses[1]):
-            sys.exit(f'The two models are not equal: losses {losses} at the first step.')
+        if max(losses[:4 - 2 * adapter]) - min(losses[:4 - 2 * adapter]) > 1e-2 * abs(losses[0]):
+            sys.exit(f'The models are not equal: losses {losses} at the first step.')
         seconds = race(steps, options['rounds'])
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
@@ -410,6 +432,8 @@ def train(options, config):
             median = np.median(seconds[row['method']])
             rows.append({**row, 'ms median': 1000 * median, 'of the floor': f'{100 * floor / median:.0f} %' if
                          row['method'] == 'ours' else '', 'peak GB': peaks[row['method']]})
+    if loader:
+        reader.close()
     show(rows, options['out'], device=device, dtype=str(dtype), videos=frames.shape[0] * videos, clip=config['clip'])
 
 
