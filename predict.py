@@ -60,7 +60,7 @@ def identity(config, clip):
     checkpoint = None
     if config['ckpt']:
         with open(config['ckpt'][0], 'rb') as file:
-            checkpoint = hashlib.file_digest(file, 'sha256').hexdigest()
+            checkpoint = hashlib.sha256(file.read()).hexdigest()
     return dict(checkpoint=checkpoint, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size,
                 **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm')})
 

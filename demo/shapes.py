@@ -245,7 +245,7 @@ def write_dataset(out, per_class, seed=0, workers=2, names=None):
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             jobs.append((path, name, seed, number))
-    with multiprocessing.Pool(workers) as pool:
+    with multiprocessing.get_context('forkserver').Pool(workers) as pool:  # a fork may inherit locked locks, and hang
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), unit='clip', disable=None):
             pass
 
