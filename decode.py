@@ -114,7 +114,9 @@ def decode(container, pick, short_side, notes):
     if missing and not notes:
         notes.append(f'cut short: {missing:.1f} s less than its header says')
     shown = [packet for packet in packets if not packet.is_discard]
-    indices = list(pick(len(shown))) if shown else []
+    # XviD begins with packets of one byte that hold no frame; that they do not, the count below makes sure
+    empty = sum(packet.size == 1 for packet in shown) if codec.name == 'mpeg4' else 0
+    indices = list(pick(len(shown) - empty)) if len(shown) > empty else []
     pts = sorted(packet.pts for packet in shown if packet.pts is not None)
     if (codec.name in ('h264', 'hevc') and container.format.name != 'avi'  # avi has no pts, what it shows is made up
             and len(set(pts)) == len(packets) and not any(packet.is_corrupt for packet in packets)):
@@ -122,8 +124,8 @@ def decode(container, pick, short_side, notes):
         if pictures is not None:
             return {i: pictures[pts[i]] for i in indices}, indices
         codec.flush_buffers()
-    pictures, count, fed = decode_in_order(codec, packets, indices, convert)
-    if count != fed:  # not a frame for each packet: count all frames, then choose again
+    pictures, count, fed = decode_in_order(codec, packets, indices, convert, to_end=empty)
+    if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
         codec.flush_buffers()
         count = decode_in_order(codec, packets, None, convert)[1]
         codec.flush_buffers()
@@ -185,10 +187,10 @@ def decode_some(codec, packets, wanted, convert):
     return pictures if len(pictures) == len(targets) else None
 
 
-def decode_in_order(codec, packets, wanted, convert):
+def decode_in_order(codec, packets, wanted, convert, to_end=False):
     """The frames `wanted` (None: only count), counted as they come out, whatever their pts -> {index: picture}, the frames that
-    came out of the packets that went in, and how many these were: it stops at the last wanted one."""
-    pictures, count, fed, last = {}, 0, 0, float('inf') if wanted is None else max(wanted, default=-1)
+    came out of the packets that went in, and how many these were: without to_end it stops at the last wanted one."""
+    pictures, count, fed, last = {}, 0, 0, float('inf') if wanted is None or to_end else max(wanted, default=-1)
     targets = set(wanted or [])
     for packet in [*packets, None]:
         if packet is not None and count > last:

@@ -131,7 +131,7 @@ def main():
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in model.visual.parameters()) / 1e6:.2f} M frozen ones')
-    optimizer = torch.optim.AdamW(parameters, config['lr'], betas=(0.9, 0.999), weight_decay=config['weight_decay'], fused=cuda)
+    optimizer = torch.optim.AdamW(parameters, config['lr'], betas=(0.9, 0.999), weight_decay=config['weight_decay'], fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype is torch.float16)
     state = dict(iter=0, best=-1.0, loss=0.0, correct=0.0, steps=0)  # the last three: sums since the last log line
 

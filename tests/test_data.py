@@ -52,22 +52,24 @@ def test_the_number_of_frames_is_counted_not_read_from_the_header(kinds):
         assert seen[-1] == KINDS[name].get('frames', 30), name
 
 
-def test_packets_without_a_frame(kinds, tmp_path):
-    """XviD's placeholders: the frames that come out are counted, not the packets."""
+@pytest.mark.parametrize('places, content, counts', [
+    ((28, 11, 5), b'\0\0\1\xb6\x50\xdf', [33, None]), ((2, 1), b'\x7f', [None])])
+def test_packets_without_a_frame(kinds, tmp_path, places, content, counts):
+    """XviD's placeholders: the frames that come out are counted, not the packets; those of one byte cost no second decoding."""
     path = str(tmp_path / 'placeholders.avi')
     with av.open(kinds['xvid.avi']) as source, av.open(path, 'w') as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         packets = [bytes(packet) for packet in source.demux(video=0) if packet.size]
-        for i in (28, 11, 5):
-            packets.insert(i, b'\0\0\1\xb6\x50\xdf')
+        for i in places:
+            packets.insert(i, content)
         for i, content in enumerate(packets):
             packet = av.Packet(content)
             packet.pts = packet.dts = i
             packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), i == 0
             target.mux(packet)
-    expected, seen = sequential(path), []
+    expected, seen = sequential(path if len(content) > 1 else kinds['xvid.avi']), []
     got = decode.read_frames(path, lambda n: seen.append(n) or decode.sample_indices(n, 8), 1000)
-    assert len(expected) < 33 and seen == [33, len(expected)]
+    assert len(expected) < 33 and seen == [count or len(expected) for count in counts]
     assert np.array_equal(got, expected[decode.sample_indices(len(expected), 8)])
 
 
