@@ -108,6 +108,8 @@ POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
 PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'features_dir')
+MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
+                 'mlp_order', 'frames', 'norm', 'temp', 'resize')  # a checkpoint brings them with it
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

@@ -32,6 +32,7 @@ import data
 import eval as evaluation
 from config import resolve_device
 from decode import VIDEOS, Converter, UnreadableVideo, Video, number_in
+from encoding import encode
 from model import class_scores, inductive_mask, log_scores
 from reader import TIME_LIMIT, ClipMaker, ClipReader
 
@@ -95,11 +96,11 @@ def load_examples(path, made, device):
 
 @torch.no_grad()
 def encode_frames(model, frames, trained, device, autocast):
-    """Frames (V, T, 3, H, W) uint8 -> what eval.encode gives, `start` (V, D) and `tokens`; untrained: mean-pooled CLIP, []."""
+    """Frames (V, T, 3, H, W) uint8 -> what encoding.encode gives: `start` (V, D), `tokens`; untrained: mean-pooled CLIP, []."""
     with autocast:
         frozen, features = model.frozen(frames.to(device), head=not trained)
     if trained:
-        return evaluation.encode(model, [x.half() if x.is_cuda else x for x in frozen], autocast)
+        return encode(model, [x.half() if x.is_cuda else x for x in frozen], autocast)
     return F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1), []
 
 
@@ -107,7 +108,7 @@ def encode_frames(model, frames, trained, device, autocast):
 def follow(model, q, tokens, supports=None):
     """VBA.aggregate in inductive mode, supports and queries apart: supports do not look at queries, so they go first, once.
 
-    q (V, D) and tokens as of eval.encode -> [Q*_0, ..., Q*_{S-1}, Q_S], each (V, D) float32. supports: this list of the
+    q (V, D) and tokens as of encoding.encode -> [Q*_0, ..., Q*_{S-1}, Q_S], each (V, D) float32. supports: this list of the
     supports, when q are queries. A model without cross-video attention: [Q_S], which is q.
     """
     if not model.mode:

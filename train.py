@@ -23,11 +23,12 @@ import data
 import eval as evaluation
 import pictures
 import ranks
-from config import load_config, resolve_device
+from config import MODEL_OPTIONS, load_config, resolve_device
+from encoding import encode_frozen, encode_split
 from model import class_scores, episode_loss, log_scores, trainable_state
 
 # options that a resumed run shares with the run it goes on from
-FIXED = (*evaluation.MODEL_OPTIONS, 'dataset', 'splits', 'augment', 'flip', 'cache_frames', 'cache_prefix', 'loss', 'way',
+FIXED = (*MODEL_OPTIONS, 'dataset', 'splits', 'augment', 'flip', 'cache_frames', 'cache_prefix', 'loss', 'way',
          'shot', 'queries', 'meta_batch', 'lr', 'weight_decay', 'warmup_iters', 'decay', 'grad_clip', 'val_episodes', 'seed')
 
 
@@ -172,14 +173,14 @@ def main():
 
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
-        val_videos, val_frozen = evaluation.encode_frozen(model, val, reader, device, autocast)
+        val_videos, val_frozen = encode_frozen(model, val, reader, device, autocast)
         val_sizes = data.fit_episode(config, val_videos, min(way, len(val.classes)), 1, config['test_queries'])
         val_episodes = evaluation.draw_episodes(val_videos, *val_sizes, config['seed'], config['val_episodes'])
         share = config['meta_batch'] // world  # episodes of a step that are this rank's
         first = state['iter'] * config['meta_batch'] + rank * share
         jobs = episodes_from(config, train, (way, shot, queries), first, share)
         if config['cache_prefix']:
-            draws = [evaluation.encode_frozen(model, train, reader, device, autocast, draw)[1]
+            draws = [encode_frozen(model, train, reader, device, autocast, draw)[1]
                      for draw in range(config['cache_prefix'])]
             batches = cached(config, draws, jobs, first)
         else:
@@ -270,7 +271,7 @@ def main():
         # the test split is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt
             evaluation.restore(model, clip, evaluation.load_checkpoint(best, device), best)
-        encoded_test = evaluation.encode_split(config, clip, [model], test, reader, device, autocast)
+        encoded_test = encode_split(config, clip, model, [model], test, reader, device, autocast)
         rows, _, _ = evaluation.evaluate({**config, 'ckpt': [best]}, clip, [model], encoded_test, device, autocast)
         if rank == 0:
             pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
 COMMON = ['--max_iters=300', '--eval_interval=150', '--test_shots=[1]', '--test_episodes=3000', '--cache_prefix=1',
@@ -64,7 +63,7 @@ def run(options, seed):
 
 def main():
     seeds = [int(seed) for seed in (sys.argv[1:] or '012')]
-    evaluation.encode_frozen = keep(evaluation.encode_frozen)
+    train.encode_frozen = keep(train.encode_frozen)
     table = {label: [] for label in ROWS}
     for seed, (label, options) in tqdm([(seed, item) for seed in seeds for item in ROWS.items()], disable=None):
         table[label].append(run(options, seed))

@@ -19,6 +19,7 @@ import eval as evaluation
 import train
 from clip_loader import CLIP
 from config import load_config
+from encoding import encode_split, subset
 from model import class_scores, log_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,7 +323,7 @@ def test_cached_episodes_equal_the_model_on_frames(world, mode):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * p.requires_grad)
     split = data.load_splits(config)['test']
     reader, autocast = data.ClipReader(config, 32), torch.autocast('cpu', enabled=False)
-    encoded = evaluation.encode_split(config, clip, [model], split, reader, 'cpu', autocast)
+    encoded = encode_split(config, clip, model, [model], split, reader, 'cpu', autocast)
     (start, tokens), = encoded['kept']
     episodes = evaluation.draw_episodes(split, 2, 2, 1, 0, 5)
     scores = evaluation.vba(model, start, tokens, 2, 2, mode, 10.0, autocast)(torch.from_numpy(episodes))
@@ -340,7 +341,7 @@ def test_episode_list_depends_on_seed_and_videos_alone(world):
     episodes, again, others = (evaluation.draw_episodes(split, 3, 2, 1, seed, 20) for seed in (7, 7, 8))
     name = evaluation.hash_of(split, episodes)
     assert np.array_equal(episodes, again) and evaluation.hash_of(split, others) != name
-    assert evaluation.hash_of(evaluation.subset(split, np.arange(len(split.videos))[::-1]), episodes) != name
+    assert evaluation.hash_of(subset(split, np.arange(len(split.videos))[::-1]), episodes) != name
     for episode in episodes:
         classes = split.labels[episode]
         assert (classes[:6].reshape(3, 2) == classes[6:, None]).all() and len(set(classes)) == 3 and len(set(episode)) == 9
