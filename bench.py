@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import data
 import eval as evaluation
+import train as training
 from config import DEFAULTS, load_config, resolve_device
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices
 from model import episode_loss, log_scores
@@ -396,16 +397,14 @@ def train(options, config):
     read, decoded and cropped anew.
     """
     device, dtype = resolve_device(config)
-    torch.set_float32_matmul_precision('high')
     clip, rows = evaluation.load_clip(config), []
     size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
     shape = config['meta_batch'], videos, config['frames'], 3, size, size
     loader = None
     if config['dataset'] and os.path.isdir(config['data_root']):
         reader, split = ClipReader({**config, 'cache_gb': 0.0}, size), data.load_splits(config)['train']
-        sizes, count_up = (config['way'], config['shot'], config['queries']), itertools.count()
-        jobs = (np.stack([data.episode(split, *sizes, 0, next(count_up)) for _ in range(shape[0])]) for _ in count_up)
-        loader = (batch.to(device, non_blocking=True) for batch, _ in reader.stream(split, jobs, True, 0, shape[0]))
+        jobs = training.episodes_from(config, split, (config['way'], config['shot'], config['queries']), 0, shape[0])
+        loader = (batch for batch, _ in training.on_device(reader.stream(split, jobs, True, 0, shape[0]), device))
     frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for adapter in (False, True):
         model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)

@@ -25,7 +25,7 @@ DEFAULTS = dict(
     augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized), 'randaug' (and more)
     flip=True,                 # mirror half of the training clips; wrong where classes name a side or a turn
     norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
-    workers=2,                 # decoding processes; 0 decodes in the main one
+    workers=2,                 # decoding processes (of each process that torchrun starts); 0 decodes in the main one
     cache_frames=32,           # evenly spaced frames of a video kept for training to choose from (TSN within each part)
     cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
     cache_dir=None,            # a folder that keeps decoded frames between runs
@@ -78,8 +78,8 @@ DEFAULTS = dict(
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
     episodes_file=None,        # the test's episodes: read from this file if it is there, else written into it
-    features_gb=8.0,           # memory for the test videos' features; where they need more they go into a file in out_dir
-    features_dir=None,         # a folder that keeps the features between tests
+    features_gb=8.0,           # memory for the test videos' features; more go into a file in out_dir, which stays there
+    features_dir=None,         # a folder that keeps the features between tests (with torchrun they are all in memory)
     attention=None,            # a clip to draw: its frames above each level's attention, and its scores
     probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
     templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
@@ -106,6 +106,7 @@ TYPES = dict(attention=str, annotations=(str, list), episodes_file=str, features
              ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
+NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters')
 PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'features_dir')
 MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
@@ -186,6 +187,8 @@ def set_option(config, key, value, folder, source):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
     if key in POSITIVE and value <= 0:
         sys.exit(f'{source}: {key}={value!r} must be positive.')
+    if key in NOT_NEGATIVE and value < 0:
+        sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
         value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
                  else os.path.join(folder, os.path.expanduser(value)))

@@ -71,18 +71,18 @@ def subset(split, indices):
 def encode(model, frozen, autocast):
     """`frozen` of encode_frozen -> what the aggregator needs of each video, whatever its episode.
 
-    Returns `start` (V, D), Q*_0; and `tokens`, S-1 tensors (V, T*L, D) for the other levels. Where no level looks at other
-    videos the whole answer is the video's own: `start` is then Q_S and `tokens` is empty.
+    Returns `start` (V, D), Q*_0; and `tokens`, S-1 tensors (V, T*L, D) for the other levels, of frozen's device and dtype.
+    Where no level looks at other videos the whole answer is the video's own: `start` is then Q_S and `tokens` is empty.
     """
     starts, tokens = [], []
     for parts in zip(*(x.split(ENCODE_VIDEOS) for x in frozen)):
         with autocast:
-            kept = model.tokens(model.kept(parts))
+            kept = model.tokens(model.kept([x.to(model.query) for x in parts]))
             q = model.start(kept[0])
             if not model.mode:
                 q, kept = model.aggregate(q[None], [k[None] for k in kept[1:]], len(q), False)[0], kept[:1]
         starts.append(q.float())
-        tokens.append([k.to(parts[0].dtype) for k in kept[1:]])
+        tokens.append([k.to(parts[0]) for k in kept[1:]])
     return torch.cat(starts), [torch.cat(level) for level in zip(*tokens)]
 
 
@@ -159,7 +159,7 @@ def features_name(config, clip, tested, split):
     about = [clip.weights_hash, clip.act, clip.visual.image_size, str(resolve_device(config)[1]),
              [config[key] for key in (*MODEL_OPTIONS, 'frozen_dtype', 'test_sampling', 'seed', 'probe')],
              [stamp(video) for video in split.videos]]
-    digest = hashlib.sha256(json.dumps(about).encode('utf-8', 'surrogateescape'))
+    digest = hashlib.sha256(json.dumps(about).encode())
     for model in tested:
         for name, value in trainable_state(model).items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())

@@ -56,7 +56,8 @@ def configure(argv):
         if changed:
             sys.exit(f'{paths[0]} is another model than {path} has it: ' + ', '.join(
                 f'{key}={saved[key]!r}, not {other[key]!r}' for key in changed))
-    config.update({key: saved[key] for key in MODEL_OPTIONS}, trained_on=saved['dataset'], ckpt=paths)
+    config.update({key: saved[key] for key in MODEL_OPTIONS}, ckpt=paths)
+    config['trained_on'] = [checkpoint['config']['dataset'] for checkpoint in checkpoints]
     if 'out_dir' not in given:  # results lie beside the checkpoint, not among those of another run on this dataset
         config['out_dir'] = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     if 'clip' not in given:  # it may lie elsewhere on this machine: its hash is checked
@@ -124,6 +125,8 @@ def load_episodes(path, videos):
         with open(path, encoding='utf-8') as file:
             saved = json.load(file)
         place = {name: i for i, name in enumerate(names_of(videos))}
+        if len(place) < len(videos.videos):
+            sys.exit(f'{path} cannot be used: videos of one class in different folders have the same name.')
         missing = [name for name in saved['videos'] if name not in place]
         if missing:
             sys.exit(f'The episodes of {path} need {len(missing)} videos that cannot be read here, such as {missing[0]!r}.')
@@ -164,7 +167,7 @@ def vba(model, start, tokens, way, shot, mode, temp, autocast):
     def scores(part):
         with autocast:
             q = model.aggregate(start[part], tokens, way * shot, mode, part) if mode else start[part]
-        return class_scores(log_scores(q, way * shot, temp), labels)
+        return class_scores(log_scores(q, way * shot, temp), labels, way)
     return scores
 
 
@@ -193,9 +196,8 @@ def interval(values):
     return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
 
 
-def validate(config, model, videos, frozen, episodes, device, autocast):
+def validate(config, model, way, frozen, episodes, device, autocast):
     """Accuracy (a fraction) of the model in its own mode on a fixed list of 1-shot episodes of what encode_frozen gave."""
-    way = min(config['way'], len(videos.classes))
     start, tokens = encode(model, frozen, autocast)
     scores = vba(model, start, tokens, way, 1, model.mode, config['temp'], autocast)
     return correct(predict(scores, episodes, way, start.shape[1], device, 'validation'), way).mean()
@@ -209,9 +211,12 @@ def evaluate(config, clip, models, encoded, device, autocast, lists=None):
     """
     videos, pooled, used = encoded['videos'], encoded['pooled'], {}
     labels, rows, rights = torch.from_numpy(videos.labels).to(device), [], []
+    trained_on = dict(zip(config['ckpt'] or [], config.get('trained_on') or [config['dataset']]))
     copies = 1 + len(PROBES) * (bool(models) and config['probe'])  # rows of a video in what is kept
     for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
         way, shot, queries = sizes = data.fit_episode(config, videos, way, shot, config['test_queries'])
+        if sizes in used:  # lowered to the same
+            continue
         if lists and sizes not in lists:
             sys.exit(f'{config["episodes_file"]} has no {way}-way {shot}-shot episodes with {queries} queries a class, only '
                      + ', '.join(map(str, lists)) + ' (way, shot, queries).')
@@ -244,7 +249,7 @@ def evaluate(config, clip, models, encoded, device, autocast, lists=None):
                 transductive='joint' in method, text=method == 'clip-zero-shot', frames=config['frames'],
                 sampling=config['test_sampling'], backbone=os.path.basename(config['clip']), weights_hash=clip.weights_hash,
                 seed=config['seed'], seconds=time.time() - began, videos=len(videos.videos), missing=encoded['missing'],
-                trained_on=config.get('trained_on', config['dataset']) if trained else None,
+                trained_on=trained_on[path] if trained else None,
                 selection='val' if trained else None, classes=videos.classes, confusion=confusion.tolist(),
                 per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(videos.classes))]))
             rights.append(right)
@@ -303,7 +308,7 @@ def draw_attention(config, model, videos, reader, image_size, device, autocast, 
     weights = []
     with autocast:
         own, _ = model.frozen(frames[None].to(device))
-        tokens = model.tokens(model.kept([torch.cat([x, y.to(x.dtype)]) for x, y in zip(frozen, own)]))
+        tokens = model.tokens(model.kept([torch.cat([x.float(), y.float()]) for x, y in zip(frozen, own)]))
         q = model.query.expand(1, n_support + 1, -1)  # one episode: the supports, then the clip
         mask = inductive_mask(q.shape[1], n_support, device)
         for level, x in zip(model.levels, tokens):
@@ -312,10 +317,13 @@ def draw_attention(config, model, videos, reader, image_size, device, autocast, 
             weights.append(patches.unflatten(1, (model.visual.grid,) * 2).cpu().numpy())
             q = level.cross_frame(q, x[None])
             q = level.cross_video(q, mask) if model.mode else q
-    scores = class_scores(log_scores(q, n_support, config['temp']), torch.from_numpy(supports.labels).to(device))
+    labels = torch.from_numpy(supports.labels).to(device)
+    scores = class_scores(log_scores(q, n_support, config['temp']), labels, len(videos.classes))
     scores = scores[0, 0] / scores[0, 0].sum()
-    pictures.attention(frames, weights, dict(zip(videos.classes, scores.tolist())), path)
-    print(f'wrote {path}')
+    if ranks.rank_of()[0] == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        pictures.attention(frames, weights, dict(zip(videos.classes, scores.tolist())), path)
+        print(f'wrote {path}')
 
 
 def line(row):
@@ -339,8 +347,10 @@ def main():
     device, dtype = resolve_device(config)
     device = ranks.begin(device)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
-    split = data.load_splits(config)[config['test_split']]
-    clip, models = load_clip(config), []
+    if config['attention'] and not checkpoints:
+        sys.exit('--attention draws a trained model: --ckpt= names one.')
+    with ranks.rank_0_first():  # it makes or fetches what is missing
+        split, clip, models = data.load_splits(config)[config['test_split']], load_clip(config), []
     for checkpoint, path in zip(checkpoints, config['ckpt'] or []):
         models.append(build(config, clip))
         restore(models[-1], clip, checkpoint, path)
@@ -363,7 +373,7 @@ def main():
         print_mistakes(rows[-1])
         os.makedirs(config['out_dir'], exist_ok=True)
         pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
-        across = config.get('trained_on', config['dataset']) != config['dataset']
+        across = any(name != config['dataset'] for name in config.get('trained_on', []))
         save_json(os.path.join(config['out_dir'], f'results_{config["dataset"]}.json' if across else 'results.json'), rows)
         if path and not lists:
             save_episodes(path, encoded['videos'], used)

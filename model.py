@@ -100,7 +100,7 @@ class Attention(nn.Module):
             folded = self.fold(q[rows], ln)  # (n, heads, D)
             videos, uses = index[rows].unique_consecutive(return_counts=True)
             for video, part in zip(videos.tolist(), folded.split(uses.tolist())):
-                tokens = x[video].to(part)
+                tokens = x[video].to(part.device).to(part.dtype)  # over in half precision
                 part.copy_((part @ tokens.T).softmax(-1) @ tokens)
             out[rows] = self.unfold(folded, ln).to(out.dtype)
         return out
@@ -358,12 +358,12 @@ def log_scores(features, n_support, temp):
     return (temp * query @ support.transpose(1, 2)).log_softmax(-1)
 
 
-def class_scores(log_score, support_labels):
-    """(3.10): log scores (E, M, N*K), labels (N*K,) in 0..N-1 -> mean score of each class's supports, (E, M, N).
+def class_scores(log_score, support_labels, way):
+    """(3.10): log scores (E, M, N*K), labels (N*K,) in 0..way-1 -> mean score of each class's supports, (E, M, N).
 
     The prediction (3.11) is the argmax. Classes may have unequal numbers of supports.
     """
-    members = F.one_hot(support_labels).to(log_score)  # (N*K, N)
+    members = F.one_hot(support_labels, way).to(log_score)  # (N*K, N)
     return log_score.exp() @ (members / members.sum(0))
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 
@@ -34,9 +35,10 @@ from config import resolve_device
 from decode import VIDEOS, Converter, UnreadableVideo, Video, number_in
 from encoding import encode
 from model import class_scores, inductive_mask, log_scores
-from reader import TIME_LIMIT, ClipMaker, ClipReader
+from reader import ClipMaker, ClipReader
 
 BATCH = 16  # clips encoded at a time
+WINDOW_LIMIT = 600  # seconds for a window, and before the first one for measuring the whole file
 
 
 # ---- Examples
@@ -63,7 +65,7 @@ def identity(config, clip):
         with open(config['ckpt'][0], 'rb') as file:
             checkpoint = hashlib.sha256(file.read()).hexdigest()
     return dict(checkpoint=checkpoint, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size,
-                **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm')})
+                **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm', 'frozen_dtype')})
 
 
 def save_examples(path, examples):
@@ -100,7 +102,7 @@ def encode_frames(model, frames, trained, device, autocast):
     with autocast:
         frozen, features = model.frozen(frames.to(device), head=not trained)
     if trained:
-        return encode(model, [x.half() if x.is_cuda else x for x in frozen], autocast)
+        return encode(model, frozen, autocast)
     return F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1), []
 
 
@@ -156,7 +158,8 @@ def score(support, query, labels, temp, trained):
     more examples.
     """
     if trained:
-        means = class_scores(log_scores(torch.cat([support, query])[None], len(support), temp), labels)[0]
+        features = torch.cat([support, query])[None]
+        means = class_scores(log_scores(features, len(support), temp), labels, int(labels.max()) + 1)[0]
         return means / means.sum(-1, keepdim=True)
     members = F.one_hot(labels).to(support)  # (V, N)
     prototypes = F.normalize((members / members.sum(0)).T @ support, dim=-1)
@@ -258,8 +261,8 @@ def windows_apart(path, config, image_size):
     theirs.close()
     try:
         while True:
-            if not ours.poll(TIME_LIMIT):
-                raise UnreadableVideo(f'{path}: not decoded within {TIME_LIMIT} s')
+            if not ours.poll(WINDOW_LIMIT):
+                raise UnreadableVideo(f'{path}: no window decoded within {WINDOW_LIMIT} s')
             match ours.recv():
                 case start, end, frames:
                     yield start, end, torch.from_numpy(frames)
@@ -275,6 +278,7 @@ def windows_apart(path, config, image_size):
 
 
 def send_windows(pipe, path, config, image_size):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
     try:
         for start, end, clip in windows(path, config, image_size):
@@ -420,8 +424,9 @@ def main():
         classes, labels, features = examples['classes'], examples['labels'], examples['features']
 
         def label(frames):  # uint8 (M, T, 3, H, W) -> scores (M, N)
-            with autocast:
-                query = follow(model, *encode_frames(model, frames, trained, device, autocast), features)[-1]
+            start, tokens = encode_frames(model, frames, trained, device, autocast)
+            with autocast:  # not around the line above: an autocast that is entered twice is never left
+                query = follow(model, start, tokens, features)[-1]
             return score(features[-1], query, labels, config['temp'], trained)
 
         method, counts = 'vba-inductive' if trained else 'clip-mean-pool', sorted(set(labels.bincount().tolist()))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def begin(device):
-    """Joins the processes that torchrun started, if it did -> this process's device. Ranks above 0 print nothing."""
+    """Joins the processes that torchrun started, if it did -> this process's device. Ranks above 0 print warnings alone."""
     if 'WORLD_SIZE' not in os.environ:
         return device
     if device == 'cuda':

@@ -28,8 +28,9 @@ from encoding import encode_frozen, encode_split
 from model import class_scores, episode_loss, log_scores, trainable_state
 
 # options that a resumed run shares with the run it goes on from
-FIXED = (*MODEL_OPTIONS, 'dataset', 'splits', 'augment', 'flip', 'cache_frames', 'cache_prefix', 'loss', 'way',
-         'shot', 'queries', 'meta_batch', 'lr', 'weight_decay', 'warmup_iters', 'decay', 'grad_clip', 'val_episodes', 'seed')
+FIXED = (*MODEL_OPTIONS, 'dataset', 'splits', 'augment', 'flip', 'cache_frames', 'cache_prefix', 'loss', 'way', 'shot',
+         'queries', 'meta_batch', 'frozen_dtype', 'lr', 'weight_decay', 'warmup_iters', 'decay', 'grad_clip', 'val_episodes',
+         'seed')
 
 
 def learning_rate(config, i):
@@ -54,7 +55,7 @@ def cached(config, draws, jobs, first):
     """Like ClipReader.stream, from `draws`: lists of what the frozen part gave of every video, one list a draw of frames."""
     for indices in jobs:  # (E, B)
         chosen = [draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))] for i in range(len(indices))]
-        rows = torch.from_numpy(indices)
+        rows = torch.from_numpy(indices).to(draws[0][0].device)
         yield [torch.stack([draw[i][row] for draw, row in zip(chosen, rows)]).float() for i in range(len(draws[0]))], indices
         first += config['meta_batch']
 
@@ -63,6 +64,7 @@ def on_device(batches, device):
     """The same batches on the device: on CUDA the next one is copied there while this one is computed with."""
     if torch.device(device).type == 'cpu':
         yield from batches
+        return
     stream, before = torch.cuda.Stream(device), None
     for frames, indices in batches:  # endless
         with torch.cuda.stream(stream):
@@ -108,7 +110,6 @@ def main():
         print('No CUDA: training on the CPU in float32, without compile.')
     if config['meta_batch'] % world:
         sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
-    torch.set_float32_matmul_precision('high')
     if config['deterministic']:
         print('deterministic=True: the same run gives the same bits on CUDA too, and is slower.')
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
@@ -137,7 +138,7 @@ def main():
     state = dict(iter=0, best=-1.0, loss=0.0, correct=0.0, steps=0)  # the last three: sums since the last log line
 
     def checkpoint():
-        rng = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if cuda else [])
+        rng = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if cuda else None)
         return dict(state=state, model=trainable_state(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                     rng=rng, config=config, weights_hash=clip.weights_hash)
 
@@ -151,11 +152,12 @@ def main():
                 f'{key}={saved["config"].get(key)!r} (now {config[key]!r})' for key in changed))
         evaluation.restore(model, clip, saved, last)
         optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
+        if saved['scaler']:  # it was trained in half precision too
+            scaler.load_state_dict(saved['scaler'])
         state.update(saved['state'])
         torch.set_rng_state(saved['rng']['torch'])
-        if cuda:
-            torch.cuda.set_rng_state_all(saved['rng']['cuda'])
+        if cuda and saved['rng']['cuda'] is not None:
+            torch.cuda.set_rng_state(saved['rng']['cuda'], device)
         print(f'resumed at step {state["iter"]}')
     elif os.path.exists(last):
         print(f'starting anew: {last} will be overwritten (--resume=True goes on from it)')
@@ -176,6 +178,9 @@ def main():
         val_videos, val_frozen = encode_frozen(model, val, reader, device, autocast)
         val_sizes = data.fit_episode(config, val_videos, min(way, len(val.classes)), 1, config['test_queries'])
         val_episodes = evaluation.draw_episodes(val_videos, *val_sizes, config['seed'], config['val_episodes'])
+        needed, val_episodes = np.unique(val_episodes, return_inverse=True)  # the other videos are not encoded each time
+        val_episodes = val_episodes.reshape(config['val_episodes'], -1)
+        val_frozen = [x[torch.from_numpy(needed).to(x.device)].cpu() for x in val_frozen]  # nor need they fit on the GPU
         share = config['meta_batch'] // world  # episodes of a step that are this rank's
         first = state['iter'] * config['meta_batch'] + rank * share
         jobs = episodes_from(config, train, (way, shot, queries), first, share)
@@ -187,7 +192,7 @@ def main():
             batches = on_device(reader.stream(train, jobs, True, first, config['meta_batch']), device)
         forward = model
         if world > 1:
-            forward = torch.nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
+            forward = torch.nn.parallel.DistributedDataParallel(model, [device] if cuda else None, forward_sync_buffers=False)
         if config['compile'] is True or (config['compile'] == 'auto' and cuda):
             forward = torch.compile(forward)
         size = config['micro_batch'] or share
@@ -222,7 +227,7 @@ def main():
                     scores = log_scores(features, way * shot, config['temp'])  # (E, M, N*K)
                     loss = weight * episode_loss(scores, support_labels, query_labels, config['loss'])
                     scaler.scale(loss).backward()
-                right = class_scores(scores.detach(), support_labels).argmax(-1) == query_labels
+                right = class_scores(scores.detach(), support_labels, way).argmax(-1) == query_labels
                 numbers += torch.stack([loss.detach(), weight * right.float().mean(), torch.zeros_like(loss)])
             scaler.unscale_(optimizer)
             if config['grad_clip']:
@@ -251,7 +256,7 @@ def main():
                 waited, began = 0.0, time.perf_counter()
             if validates:
                 now = time.perf_counter()
-                accuracy = evaluation.validate(config, model, val_videos, val_frozen, val_episodes, device, autocast)
+                accuracy = evaluation.validate(config, model, val_sizes[0], val_frozen, val_episodes, device, autocast)
                 print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % '
                       f'({val_sizes[0]}-way 1-shot, {len(val_episodes)} episodes)', flush=True)
                 if accuracy > state['best']:
@@ -264,8 +269,9 @@ def main():
         if stopped:
             for step in unsettled:
                 settle(*step)
-            if rank == 0:
-                save(last, checkpoint())
+            with ranks.rank_0_first():  # torchrun ends all as soon as one ends
+                if rank == 0:
+                    save(last, checkpoint())
             sys.exit(f'Stopped at step {state["iter"]} by a signal; --resume=True goes on from {last}.')
 
         # the test split is read once, here

@@ -4,7 +4,8 @@
     python demo/ablate.py 0 1        # these seeds alone
 
 Trains the demo for fewer steps than its config does and prints accuracies on the unseen test motions, 5-way 1-shot, as mean
-± standard deviation over the seeds. What the frozen CLIP makes of the clips is kept from one training to the next.
+± standard deviation over the seeds. What the frozen CLIP makes of the training and validation clips is kept from one training
+to the next.
 """
 
 import contextlib

@@ -192,7 +192,7 @@ def test_aggregator_equals_the_equations(cross_video, mlp_order, attn_proj):
 
 def predictions(model, frames):
     labels = torch.arange(WAY).repeat_interleave(SHOT)
-    return class_scores(log_scores(model(frames, WAY * SHOT), WAY * SHOT, 10), labels)
+    return class_scores(log_scores(model(frames, WAY * SHOT), WAY * SHOT, 10), labels, WAY)
 
 
 @pytest.mark.parametrize('cross_video', ['joint', 'inductive', False])
@@ -252,7 +252,7 @@ def test_only_what_should_train_gets_a_gradient(adapter):
 
 
 def test_chunks_of_the_frozen_part_change_nothing():
-    model, frames = fresh(), clips(20)  # 80 images: three chunks
+    model, frames = fresh(), clips(20)  # 80 images: five chunks
     whole = model.visual.embed(normalised(frames.flatten(0, 1)))
     for block in model.visual.transformer.resblocks[:2]:
         whole = block(whole)
@@ -272,7 +272,7 @@ def test_scores_by_hand():
     expected = torch.tensor([w / sum(weights) for w in weights])
     log_score = log_scores(features, 3, 2.0)
     torch.testing.assert_close(log_score[0, 0].exp(), expected)
-    unequal = class_scores(log_score, torch.tensor([0, 1, 1]))  # class 1 has two supports: their mean
+    unequal = class_scores(log_score, torch.tensor([0, 1, 1]), 2)  # class 1 has two supports: their mean
     torch.testing.assert_close(unequal[0, 0], torch.stack([expected[0], (expected[1] + expected[2]) / 2]))
 
 

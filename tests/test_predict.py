@@ -122,7 +122,7 @@ def test_equal_shots_are_those_of_the_test():
     features, labels = F.normalize(torch.randn(8, 16), dim=-1), torch.arange(3).repeat_interleave(2)
     cosines = evaluation.mean_pool(features, 3, 2)(torch.arange(8)[None])[0]
     assert torch.allclose(predict.score(features[:6], features[6:], labels, 9.0, False), (9 * cosines).softmax(-1), atol=1e-6)
-    means = class_scores(log_scores(features[None], 6, 9.0), labels)[0]
+    means = class_scores(log_scores(features[None], 6, 9.0), labels, int(labels.max()) + 1)[0]
     assert torch.allclose(predict.score(features[:6], features[6:], labels, 9.0, True), 2 * means, atol=1e-6)
 
 

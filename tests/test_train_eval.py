@@ -19,7 +19,7 @@ import eval as evaluation
 import train
 from clip_loader import CLIP
 from config import load_config
-from encoding import encode_split, subset
+from encoding import encode, encode_frozen, encode_split, subset
 from model import class_scores, log_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,12 +146,13 @@ def test_resume_with_other_options_names_them(world, trained):
     assert 'lr=0.001 (now 0.5)' in result.error
 
 
-def test_kept_features_train_like_frames(world):
-    """Without adapters and augmentation one kept draw per video gives the same kind of run, twice the same."""
-    options = ['--temporal_adapter=False', '--augment=none', '--cache_prefix=2', '--max_iters=4']
-    for name in ('kept1', 'kept2'):
-        run(train, world, f'--out_dir={world / name}', *options)
-    assert losses(world / 'kept1') == losses(world / 'kept2')
+def test_kept_features_train_like_frames(world, tmp_path):
+    """Where there is but one draw of a video, what the frozen part made of it, in half precision, trains as its frames do."""
+    options = ['--temporal_adapter=False', '--augment=none', '--cache_frames=4', '--max_iters=2']
+    for name, kept in (('frames', 0), ('one', 1), ('two', 2), ('again', 2)):
+        run(train, world, f'--out_dir={tmp_path / name}', f'--cache_prefix={kept}', *options)
+    assert losses(tmp_path / 'one')[0][1] == pytest.approx(losses(tmp_path / 'frames')[0][1], rel=1e-2)
+    assert losses(tmp_path / 'two') == losses(tmp_path / 'again')
 
 
 def test_loss_that_is_not_finite_stops(world):
@@ -269,6 +270,19 @@ def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
     assert rows_of(tmp_path / 'alone') == rows_of(tmp_path)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_cuda_trains_and_is_deterministic_on_request(world, tmp_path, dtype):
+    """Two runs give the same bits; a test of the checkpoint on the CPU gives nearly the same table."""
+    for name in ('a', 'b'):
+        run(train, world, '--device=cuda', f'--dtype={dtype}', '--deterministic=True', '--temporal_adapter=True',
+            f'--out_dir={tmp_path / name}')
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and same(tmp_path / 'a' / 'last.pt', tmp_path / 'b' / 'last.pt')
+    run(evaluation, world, f'--ckpt={tmp_path / "a" / "best.pt"}', f'--out_dir={tmp_path / "cpu"}')
+    for row, other in zip(rows_of(tmp_path / 'a'), rows_of(tmp_path / 'cpu'), strict=True):
+        assert row['episodes_hash'] == other['episodes_hash'] and abs(row['accuracy'] - other['accuracy']) < 10
+
+
 def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path):
     result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--meta_batch=3')
     assert result.returncode and 'cannot be shared out evenly to 2 processes' in result.stderr
@@ -288,9 +302,15 @@ def test_dead_rank_ends_the_run_with_a_message(world, tmp_path):
     torch.load(tmp_path / 'last.pt', weights_only=True)  # whole
 
 
-def test_micro_batches_add_up_to_the_whole(world, trained, tmp_path):
-    run(train, world, f'--out_dir={tmp_path}', '--micro_batch=1', '--max_iters=2')
-    assert losses(tmp_path)[0][1] == pytest.approx(losses(trained[0])[0][1], rel=1e-4)
+def test_micro_batches_add_up_to_the_whole(world, tmp_path):
+    """Two episodes and then one give the gradients of three at once: AdamW's first moment after a step is a tenth of them."""
+    for size in (0, 2):
+        run(train, world, f'--out_dir={tmp_path / str(size)}', f'--micro_batch={size}', '--meta_batch=3', '--max_iters=1',
+            '--log_interval=1', '--grad_clip=0')
+    whole, parts = (torch.load(tmp_path / name / 'last.pt', weights_only=True) for name in ('0', '2'))
+    assert losses(tmp_path / '2')[0][1:] == pytest.approx(losses(tmp_path / '0')[0][1:], rel=1e-4)
+    for x, y in zip(whole['optimizer']['state'].values(), parts['optimizer']['state'].values()):
+        torch.testing.assert_close(y['exp_avg'], x['exp_avg'], rtol=1e-3, atol=1e-6)
 
 
 def test_eval_without_checkpoint_is_training_free(world):
@@ -330,7 +350,7 @@ def test_cached_episodes_equal_the_model_on_frames(world, mode):
     for episode, cached in zip(episodes, scores):
         frames, _ = next(reader.stream(split, [episode], train=False))
         with torch.no_grad():
-            expected = class_scores(log_scores(model(frames[None], 4), 4, 10.0), torch.tensor([0, 0, 1, 1]))[0]
+            expected = class_scores(log_scores(model(frames[None], 4), 4, 10.0), torch.tensor([0, 0, 1, 1]), 2)[0]
         torch.testing.assert_close(cached, expected, rtol=1e-2, atol=1e-3)  # kept in half precision
         assert (cached.argmax(-1) == expected.argmax(-1)).all()
     reader.close()
@@ -361,8 +381,30 @@ def test_mean_pool_by_hand():
     assert evaluation.predict(evaluation.mean_pool(pooled, 2, 1), episodes, 2, 2, 'cpu', '').tolist() == [[0, 1]]
 
 
-def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained):
-    run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--probe=True', '--test_shots=[1]',
-        f'--out_dir={world / "probe"}')
-    methods = [row['method'] for row in json.loads((world / 'probe' / 'results.json').read_text())]
-    assert [m for m in methods if 'queries' in m] == [f'vba-joint, queries {p}' for p in ('reversed', 'still', 'shuffled')]
+def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained, monkeypatch):
+    """Rows 1, 2, 3 of each video are its frames reversed, the middle one repeated, shuffled; queries alone are of these."""
+    asked, predict = {}, evaluation.predict
+
+    def spy(scores, episodes, n_support, dim, device, note):
+        asked[note] = episodes
+        return predict(scores, episodes, n_support, dim, device, note)
+
+    monkeypatch.setattr(evaluation, 'predict', spy)
+    options = [f'--ckpt={trained[0] / "best.pt"}', *SPEED, '--probe=True', '--test_shots=[1]']
+    config, (checkpoint,) = evaluation.configure(options)
+    clip, autocast = evaluation.load_clip(config), torch.autocast('cpu', enabled=False)
+    model = evaluation.build(config, clip)
+    evaluation.restore(model, clip, checkpoint, 'best.pt')
+    split, reader = data.load_splits(config)['test'], data.ClipReader(config, 32)
+    kept = encode_split(config, clip, model, [model], split, reader, 'cpu', autocast)
+    _, frozen = encode_frozen(model, split, reader, 'cpu', autocast)
+    shuffled = np.random.default_rng(config['seed']).permutation(4)
+    (start, tokens), = kept['kept']
+    for row, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0], [2, 2, 2, 2], shuffled)):
+        expected, level = encode(model, [x[:, order] for x in frozen], autocast)
+        torch.testing.assert_close(start[row::4], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens[0][row::4], level[0].half(), rtol=1e-2, atol=1e-2)
+    evaluation.evaluate(config, clip, [model], kept, 'cpu', autocast)
+    for row, probe in enumerate(('reversed', 'still', 'shuffled'), 1):
+        plain, probed = asked['vba-joint 1-shot'], asked[f'vba-joint, queries {probe} 1-shot']
+        assert (probed[:, :2] == plain[:, :2]).all() and (probed[:, 2:] == plain[:, 2:] + row).all() and not (plain % 4).any()
