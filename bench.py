@@ -409,6 +409,7 @@ def train(options, config):
     for adapter in (False, True):
         model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
         flops, moved = count(model, frames, config['way'] * config['shot'])
+        theirs, _ = count(projected(model), frames, config['way'] * config['shot'])
         ready, kept = itertools.repeat(frames), itertools.repeat(model.frozen(frames)[0])
         steps = {'ours': stepper(model, ready, config, device, dtype),
                  'nn.MultiheadAttention': stepper(projected(model), ready, config, device, dtype)}
@@ -428,7 +429,8 @@ def train(options, config):
         seconds = race(steps, options['rounds'])
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
-        print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward), '
+        print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward; '
+              f'{" + ".join(f"{f / 1e9:.1f}" for f in theirs)} with nn.MultiheadAttention), '
               f'{moved / 1e9:.2f} GB; {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: floor {1000 * floor:.0f} ms')
         for row in rows_of(seconds, 'nn.MultiheadAttention', frames.shape[0] * videos, 'videos', adapters=adapter):
             median = np.median(seconds[row['method']])
