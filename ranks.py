@@ -1,6 +1,6 @@
 """Several processes, as torchrun starts them: who is who, and what they share. One process alone is rank 0 of 1.
 
-    torchrun --standalone --nproc_per_node=4 train.py sample_configs/diving48.py
+    torchrun --standalone --nproc_per_node=3 train.py sample_configs/diving48.py
 """
 
 import contextlib

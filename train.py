@@ -3,7 +3,7 @@
     python train.py sample_configs/moving_shapes.py
     python train.py sample_configs/diving48.py --data_root=/data/diving48/clips --lr=1e-5
     python train.py sample_configs/diving48.py --resume=True
-    torchrun --standalone --nproc_per_node=4 train.py sample_configs/diving48.py
+    torchrun --standalone --nproc_per_node=3 train.py sample_configs/diving48.py
 
 Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test).
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -133,6 +134,10 @@ def main():
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in model.visual.parameters()) / 1e6:.2f} M frozen ones')
+    needed = 3 * 12 * sum(p.numel() for p in parameters)  # best.pt, last.pt and the next one: weights and AdamW's two moments
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        sys.exit(f'out_dir={out_dir} has {free / 1e9:.2f} GB free, but the checkpoints need {needed / 1e9:.2f} GB.')
     optimizer = torch.optim.AdamW(parameters, config['lr'], betas=(0.9, 0.999), weight_decay=config['weight_decay'], fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype is torch.float16)
     state = dict(iter=0, best=-1.0, loss=0.0, correct=0.0, steps=0)  # the last three: sums since the last log line

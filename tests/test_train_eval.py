@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,11 @@ def test_killed_run_resumes_bit_for_bit(world, trained, number):
     process.wait()
     run(train, world, f'--out_dir={out_dir}', '--resume=True')
     assert losses(out_dir) == losses(trained[0]) and same(out_dir / 'last.pt', trained[0] / 'last.pt')
+
+
+def test_full_disk_is_told_at_the_start(world, tmp_path, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1000))
+    assert 'GB free, but the checkpoints need' in run(train, world, f'--out_dir={tmp_path}', check=False).error
 
 
 def test_resume_with_other_options_names_them(world, trained):
