@@ -379,6 +379,19 @@ def count(model, frames, n_support):
     return flops, weights + 3 * sum(x.numel() * x.element_size() for x in frozen)  # tokens: written, read, read in backward
 
 
+def kept_bytes(model, frames, n_support):
+    """Bytes that autograd keeps from forward to backward, beside the parameters, without and with recompute."""
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    frozen = model.frozen(frames)[0]
+    for model.recompute in (True, False):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            model(frozen, n_support)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+        found.insert(0, sum(size for place, size in storages.items() if place not in own))
+    return found
+
+
 def machine(device, dtype):
     """What the hardware gives here -> (FLOP/s of an MLP's product, bytes/s read and written in a copy), best of 5."""
     cuda = torch.device(device).type == 'cuda'
@@ -427,6 +440,8 @@ def train(options, config):
         if max(losses[:4 - 2 * adapter]) - min(losses[:4 - 2 * adapter]) > 1e-2 * abs(losses[0]):
             sys.exit(f'The models are not equal: losses {losses} at the first step.')
         seconds = race(steps, options['rounds'])
+        kept, again = (size / videos / 1e6 for size in kept_bytes(model, frames[:1], config['way'] * config['shot']))
+        print(f'adapters {adapter}: autograd keeps {kept:.0f} MB a video in float32, {again:.0f} with recompute=True')
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
         print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward; '
