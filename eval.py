@@ -275,9 +275,12 @@ def together(rows, rights):
 
 
 def print_pairs(rows, rights):
-    """Differences between methods on the same episodes: their interval is far tighter than two intervals compared."""
+    """Differences between methods on the same episodes: their interval is far tighter than two intervals compared. A probe is
+    compared with its own method alone."""
     several = len({row['checkpoint'] for row in rows} - {None}) > 1
     for (row, right), (other, base) in itertools.combinations(zip(rows, rights), 2):
+        if any('queries' in each['method'] for each in (row, other)) and not other['method'].startswith(row['method'] + ','):
+            continue
         if row['episodes_hash'] == other['episodes_hash'] and row['checkpoint'] in (None, other['checkpoint']):
             mean, half = interval(base.mean(1) - right.mean(1))
             print(f'{row["way"]}-way {row["shot"]}-shot  {other["method"]} - {row["method"]}: {mean:+.2f} ± {half:.2f} points '

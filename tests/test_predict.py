@@ -361,6 +361,17 @@ def test_windows_from_their_own_process_and_its_death(tmp_path):
         list(slide)
 
 
+@pytest.mark.parametrize('ckpt', ['joint', None])
+def test_half_precision_ends_where_it_should(world, call, monkeypatch, ckpt):
+    """Autocast as on CUDA: scores are computed in float32, outside of it."""
+    inside = []
+    monkeypatch.setattr(predict, 'resolve_device', lambda config: ('cpu', torch.bfloat16))
+    monkeypatch.setattr(predict, 'score', lambda *args, score=predict.score: inside.append(
+        torch.is_autocast_enabled('cpu')) or score(*args))
+    result = call(query=world / 'queries', json=True, **(dict(ckpt=world / f'{ckpt}.pt') if ckpt else {}))
+    assert result.status is None and result.rows and inside and not any(inside)
+
+
 def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
     shutil.copytree(world / 'examples', tmp_path / 'examples')
     shutil.copy(world / 'queries' / 'red.mp4', tmp_path / 'examples' / 'loose.mp4')

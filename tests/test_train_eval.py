@@ -276,6 +276,18 @@ def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
     assert rows_of(tmp_path / 'alone') == rows_of(tmp_path)
 
 
+@pytest.mark.parametrize('options', [['--temporal_adapter=True', '--frozen_dtype=bfloat16'], ['--temporal_adapter=False'],
+                                     ['--temporal_adapter=False', '--cache_prefix=1', '--augment=none']])
+def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options):
+    """Autocast in bfloat16, on the CPU here, goes through every place that it goes through on CUDA."""
+    for script in (train, evaluation):
+        monkeypatch.setattr(script, 'resolve_device', lambda config: ('cpu', torch.bfloat16))
+    run(train, world, f'--out_dir={tmp_path}', '--max_iters=3', *options)
+    run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', f'--out_dir={tmp_path / "again"}', *options[:2])
+    assert rows_of(tmp_path / 'again') == rows_of(tmp_path) and len(rows_of(tmp_path)) == 8
+    assert not torch.is_autocast_enabled('cpu')
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_cuda_trains_and_is_deterministic_on_request(world, tmp_path, dtype):
