@@ -29,31 +29,30 @@ PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries 
 
 
 @torch.no_grad()
-def frozen_parts(model, split, reader, device, autocast, draw=None, first=0):
+def frozen_parts(model, split, reader, device, autocast, draw=None, first=0, head=True):
     """Runs the frozen part of the model over this rank's share of a split's videos from index `first` on.
 
     Yields, of some at a time that could be read, their indices, what VBA.frozen gives (n, T, *, D), and `pooled` (n, embed_dim)
-    float32: the unit-length mean over frames of plain CLIP's features. draw: None for test frames; a number for that random
-    draw of frames, crop and flip.
+    float32: the unit-length mean over frames of plain CLIP's features, None where head=False. draw: None for test frames; a
+    number for that random draw of frames, crop and flip.
     """
     (rank, world), count = ranks.rank_of(), len(split.videos)
     size = max(1, min(ENCODE_VIDEOS, count // world))
     jobs = [np.arange(i, min(i + size, count)) for i in range(first, count, size)]
     begin, end = len(jobs) * rank // world, len(jobs) * (rank + 1) // world
     clips, jobs = reader.stream(split, jobs[begin:end], draw is not None, (draw or 0) * len(jobs) + begin), jobs[begin:end]
-    for frames, indices in ranks.progress(clips, f'encoding {split.name} videos', len(jobs), unit_scale=ENCODE_VIDEOS,
-                                                unit='video'):
+    for frames, indices in ranks.progress(clips, f'encoding {split.name} videos', len(jobs), unit_scale=size, unit='video'):
         if len(indices):
             with autocast:
-                parts, features = model.frozen(frames.to(device, non_blocking=True), head=True)
-            yield indices, parts, F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1)
+                parts, features = model.frozen(frames.to(device, non_blocking=True), head)
+            yield indices, parts, F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1) if head else None
 
 
 def encode_frozen(model, split, reader, device, autocast, draw=None):
     """What `frozen_parts` gives of a whole split -> `videos`, the split without the videos that could not be read, and
     `frozen`, tensors (V, T, *, D), float16 on CUDA and in training, else float32."""
     read, frozen = [], []
-    for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw):
+    for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw, head=False):
         frozen.append([x.half() if x.is_cuda or draw is not None else x for x in parts])
         read.append(indices)
     if not read:
