@@ -270,7 +270,7 @@ def windows_apart(path, config, image_size):
                     return
                 case error:
                     raise UnreadableVideo(error)
-    except EOFError:
+    except (EOFError, OSError):  # its end, between two windows or within one
         raise UnreadableVideo(f'{path}: the decoder crashed on it') from None
     finally:
         process.kill()
