@@ -53,7 +53,7 @@ def encode_frozen(model, split, reader, device, autocast, draw=None):
     `frozen`, tensors (V, T, *, D), float16 on CUDA and in training, else float32."""
     read, frozen = [], []
     for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw, head=False):
-        frozen.append([x.half() if x.is_cuda or draw is not None else x for x in parts])
+        frozen.append([x.half() if x.is_cuda or draw is not None else x.float() for x in parts])
         read.append(indices)
     if not read:
         sys.exit(f'None of {len(split.videos)} {split.name} videos could be read.')
@@ -76,7 +76,7 @@ def encode(model, frozen, autocast):
     starts, tokens = [], []
     for parts in zip(*(x.split(ENCODE_VIDEOS) for x in frozen)):
         with autocast:
-            kept = model.tokens(model.kept([x.to(model.query) for x in parts]))
+            kept = model.tokens(model.kept(parts))
             q = model.start(kept[0])
             if not model.mode:
                 q, kept = model.aggregate(q[None], [k[None] for k in kept[1:]], len(q), False)[0], kept[:1]

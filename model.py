@@ -21,13 +21,22 @@ NORMS = dict(  # mean and standard deviation of RGB in 0..1
     clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
-CPU_CHUNK = 16  # images that the frozen blocks take at a time on a CPU: small enough for its caches
+CPU_CHUNK = 24  # images that the frozen blocks take at a time on a CPU: small enough for its caches
 FOLDED_ROWS = 4096  # uses of videos that `folded_by_video` takes at a time: 150 MB at width 768
 
 
+def dtype_beside(weight):
+    """The dtype of a matrix product with `weight`: autocast's where it is on, else its own. Autocast itself leaves sums and
+    norms in float32; tokens that are kept, or added to from block to block, are turned to this dtype to take half of that."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), written so that autograd keeps one tensor and not two."""
+
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702
 
 
 ACTIVATIONS = dict(quick_gelu=QuickGELU, gelu=nn.GELU)
@@ -100,7 +109,7 @@ class Attention(nn.Module):
             folded = self.fold(q[rows], ln)  # (n, heads, D)
             videos, uses = index[rows].unique_consecutive(return_counts=True)
             for video, part in zip(videos.tolist(), folded.split(uses.tolist())):
-                tokens = x[video].to(part.device).to(part.dtype)  # over in half precision
+                tokens = x[video].to(part.device).to(dtype_beside(part))  # over in half precision
                 part.copy_((part @ tokens.T).softmax(-1) @ tokens)
             out[rows] = self.unfold(folded, ln).to(out.dtype)
         return out
@@ -159,7 +168,9 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """Normalised images (B, 3, H, W) -> tokens (B, 1+L, D), the class token first."""
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, L, D)
+        patch = self.conv1.kernel_size[0]
+        patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, grid, grid, patch, patch)
+        x = F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), self.conv1.weight.flatten(1))  # (B, L, D)
         x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], 1)
         return self.ln_pre(x + self.positional_embedding.to(x))
 
@@ -214,8 +225,8 @@ class Level(nn.Module):
     def tokens(self, a):
         """A_i (..., T, L, D) -> the standardised tokens of A*_i (..., T*L, D): (3.14), and the LayerNorm of 3.15-3.18 but
         for its scale and shift, which `Attention.folded` applies."""
-        a = a + self.alpha(a) + self.beta
-        return F.layer_norm(a, a.shape[-1:]).flatten(-3, -2)
+        a = a + self.alpha(a) + self.beta.to(a)
+        return F.layer_norm(a, a.shape[-1:]).to(a).flatten(-3, -2)
 
     def cross_frame(self, q, tokens, index=None):
         """Q_i (..., D), tokens (..., T*L, D) -> Q*_i (..., D): (3.15)-(3.19). index as in VBA.aggregate."""
@@ -267,7 +278,7 @@ class VBA(nn.Module):
 
     def normalise(self, frames):
         """Pixels (..., 3, H, W) uint8 -> float in the backbone's dtype."""
-        return ((frames / 255 - self.mean) / self.std).to(self.visual.conv1.weight.dtype)
+        return ((frames / 255 - self.mean) / self.std).to(dtype_beside(self.visual.conv1.weight))
 
     @torch.no_grad()
     def frozen(self, frames, head=False):
@@ -276,20 +287,21 @@ class VBA(nn.Module):
         With adapters that is one tensor, the tokens (1+L) before the first kept block; without, A itself, S tensors of the
         outputs (L) of the kept blocks. head=True also gives the plain CLIP's image features (..., T, embed_dim), else None.
         """
-        images = frames.flatten(0, -4)
+        pixels = frames.flatten(0, -4)
         blocks, count = self.visual.transformer.resblocks, len(self.levels)
         outputs, features = [], []
-        for chunk in images.split(CPU_CHUNK if images.device.type == 'cpu' else len(images)):
-            x = self.visual.embed(self.normalise(chunk))  # (chunk, 1+L, D)
+        for chunk in pixels.split(CPU_CHUNK if pixels.device.type == 'cpu' else len(pixels)):
+            images = self.normalise(chunk)
+            x = self.visual.embed(images).to(images)  # (chunk, 1+L, D)
             for block in blocks[:-count]:
                 x = block(x)
-            x = x.to(blocks[-1].ln_1.weight.dtype)
+            x = x.to(dtype_beside(blocks[-1].ln_1.weight))
             kept = [x] if self.adapters else []
             if head or not self.adapters:
                 for block in blocks[-count:]:
                     x = block(x)
                     if not self.adapters:
-                        kept.append(x[:, self.first:].to(self.query.dtype))
+                        kept.append(x[:, self.first:])
             outputs.append(kept)
             features.append(self.visual.head(x) if head else None)
         outputs = [torch.cat(parts).unflatten(0, frames.shape[:-3]) for parts in zip(*outputs)]
@@ -297,6 +309,7 @@ class VBA(nn.Module):
 
     def kept(self, frozen):
         """The list that `frozen` gave -> A, a list of S tensors (..., T, L, D): the outputs of the last S blocks."""
+        frozen = [x.to(dtype_beside(self.query)) for x in frozen]
         if not self.adapters:
             return frozen
         shape = frozen[0].shape

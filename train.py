@@ -57,7 +57,7 @@ def cached(config, draws, jobs, first):
     for indices in jobs:  # (E, B)
         chosen = [draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))] for i in range(len(indices))]
         rows = torch.from_numpy(indices).to(draws[0][0].device)
-        yield [torch.stack([draw[i][row] for draw, row in zip(chosen, rows)]).float() for i in range(len(draws[0]))], indices
+        yield [torch.stack([draw[i][row] for draw, row in zip(chosen, rows)]) for i in range(len(draws[0]))], indices
         first += config['meta_batch']
 
 

@@ -29,6 +29,7 @@ ROWS = {  # label: options
     'one level': ['--levels=1'],
     'MLP: parallel (as printed)': ['--mlp_order=parallel'],
     'loss: pairwise (as printed)': ['--loss=pairwise'],
+    'temporal embedding: zero at the start': ['--alpha_init=zero'],
     'temporal adapter: on': ['--temporal_adapter=True'],
 }
 
