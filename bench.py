@@ -3,7 +3,8 @@
     python bench.py decode [--folder=clips]       frames of a file, against PyAV, decord, torchcodec, OpenCV if installed
     python bench.py encode [--images=80]          the frozen ViT, against open_clip's if installed
     python bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor;
-                                                  of a config whose videos are there also with frames from the loader
+                                                  of a config whose videos are there also with clips from the loader
+    python bench.py memory [sample_configs/x.py]  what a training step takes of a GPU, by count, without one
     python bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
 
 More options: --rounds=5, --episodes=64, --out=table.json, and all of config.py's. Weights are random unless --clip= names
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import operator
 import os
 import platform
 import subprocess
@@ -22,15 +24,20 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from fractions import Fraction
 from importlib import metadata
 from multiprocessing import get_context
+from unittest import mock
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import data
@@ -228,7 +235,7 @@ def decode(options, config):
     if options['folder']:
         folder = options['folder']
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(VIDEOS)]
-    workers, rows = max(1, config['workers']), []
+    workers, rows = config['workers'] or 2, []
     for path in paths:  # before the workers look for what is kept
         attempt('ours, kept frames', path)
     with get_context('spawn').Pool(workers, torch.set_num_threads, (1,)) as pool:
@@ -379,19 +386,6 @@ def count(model, frames, n_support):
     return flops, weights + 3 * sum(x.numel() * x.element_size() for x in frozen)  # tokens: written, read, read in backward
 
 
-def kept_bytes(model, frames, n_support):
-    """Bytes that autograd keeps from forward to backward, beside the parameters, without and with recompute."""
-    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
-    frozen = model.frozen(frames)[0]
-    for model.recompute in (True, False):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
-            model(frozen, n_support)
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-        found.insert(0, sum(size for place, size in storages.items() if place not in own))
-    return found
-
-
 def machine(device, dtype):
     """What the hardware gives here -> (FLOP/s of an MLP's product, bytes/s read and written in a copy), best of 5."""
     cuda = torch.device(device).type == 'cuda'
@@ -406,42 +400,45 @@ def machine(device, dtype):
 def train(options, config):
     """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates.
 
-    Without adapters also as with cache_prefix: from what the frozen part gave. From the loader: training clips of the config,
-    read, decoded and cropped anew.
+    Without adapters also as with cache_prefix: from what the frozen part gave. With the config's training clips: the same again
+    and again from the cache of decoded frames, cropped anew, and others each time, decoded anew.
     """
     device, dtype = resolve_device(config)
-    clip, rows = evaluation.load_clip(config), []
+    clip, rows, cuda = evaluation.load_clip(config), [], torch.device(device).type == 'cuda'
     size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
     shape = config['meta_batch'], videos, config['frames'], 3, size, size
-    loader = None
+    readers, loaders = [], {}
     if config['dataset'] and os.path.isdir(config['data_root']):
-        reader, split = ClipReader({**config, 'cache_gb': 0.0}, size), data.load_splits(config)['train']
+        split = data.load_splits(config)['train']
         jobs = training.episodes_from(config, split, (config['way'], config['shot'], config['queries']), 0, shape[0])
-        loader = (batch for batch, _ in training.on_device(reader.stream(split, jobs, True, 0, shape[0]), device))
+        for name, cache_gb, chosen in (('ours, from the frame cache', config['cache_gb'], itertools.repeat(next(jobs))),
+                                       ('ours, decoding', 0.0, jobs)):
+            readers.append(ClipReader({**config, 'cache_gb': cache_gb}, size))
+            stream = training.on_device(readers[-1].stream(split, chosen, True, 0, shape[0]), device)
+            loaders[name] = map(operator.itemgetter(0), stream)
     frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for adapter in (False, True):
         model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
         flops, moved = count(model, frames, config['way'] * config['shot'])
         theirs, _ = count(projected(model), frames, config['way'] * config['shot'])
         ready, kept = itertools.repeat(frames), itertools.repeat(model.frozen(frames)[0])
-        steps = {'ours': stepper(model, ready, config, device, dtype),
-                 'nn.MultiheadAttention': stepper(projected(model), ready, config, device, dtype)}
+        contestants = {'ours': (copy.deepcopy, ready), 'nn.MultiheadAttention': (projected, ready)}
         if not adapter:
-            steps['ours, kept'] = stepper(copy.deepcopy(model), kept, config, device, dtype)
-            steps['nn.MultiheadAttention, kept'] = stepper(projected(model), kept, config, device, dtype)
-        if loader:
-            steps['ours, from the loader'] = stepper(copy.deepcopy(model), loader, config, device, dtype)
-        peaks, losses = {}, []
-        for name, step in steps.items():
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            contestants |= {f'{name}, kept': (copied, kept) for name, (copied, _) in contestants.items()}
+        same = len(contestants)  # these see the same videos
+        contestants |= {name: (copy.deepcopy, batches) for name, batches in loaders.items()}
+        steps, peaks, losses = {}, dict.fromkeys(contestants, ''), []
+        for name, (copied, batches) in contestants.items():
+            before = torch.cuda.memory_allocated() if cuda else 0  # by those before it
+            step = steps[name] = stepper(copied(model), batches, config, device, dtype)
             losses.append(step())
-            peaks[name] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else ''
-        if max(losses[:4 - 2 * adapter]) - min(losses[:4 - 2 * adapter]) > 1e-2 * abs(losses[0]):
+            if cuda:  # with AdamW's moments, which the first step made
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                peaks[name] = (torch.cuda.max_memory_allocated() - before + frames.nbytes) / 1e9
+        if max(losses[:same]) - min(losses[:same]) > 1e-2 * abs(losses[0]):
             sys.exit(f'The models are not equal: losses {losses} at the first step.')
         seconds = race(steps, options['rounds'])
-        kept, again = (size / videos / 1e6 for size in kept_bytes(model, frames[:1], config['way'] * config['shot']))
-        print(f'adapters {adapter}: autograd keeps {kept:.0f} MB a video in float32, {again:.0f} with recompute=True')
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
         print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward; '
@@ -451,9 +448,71 @@ def train(options, config):
             median = np.median(seconds[row['method']])
             rows.append({**row, 'ms median': 1000 * median, 'of the floor': f'{100 * floor / median:.0f} %' if
                          row['method'] == 'ours' else '', 'peak GB': peaks[row['method']]})
-    if loader:
+    for reader in readers:
         reader.close()
     show(rows, options['out'], device=device, dtype=str(dtype), videos=frames.shape[0] * videos, clip=config['clip'])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made within it that are still alive, and keeps their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.alive:
+                self.add(x.untyped_storage())
+        return result
+
+    def add(self, storage):
+        place, size = storage._cdata, storage.nbytes()
+
+        def gone():
+            self.alive.remove(place)
+            self.now -= size
+
+        self.alive.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, gone)
+
+
+def step_bytes(model, config):
+    """The peak of a step on a GPU in half precision, counted on tensors without content: weights, gradients, AdamW's moments,
+    two batches of frames, and all that forward and backward make. Not counted: CUDA's libraries, the allocator's gaps."""
+    size, n_support = model.visual.image_size, config['way'] * config['shot']
+    shape = config['meta_batch'], config['way'] * (config['shot'] + config['queries']), config['frames'], 3, size, size
+    model = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
+            mock.patch('model.CPU_CHUNK', 2 ** 30):  # a GPU takes all images at once
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(p), p.requires_grad))
+        held = [torch.empty(2, *p.shape) for p in model.parameters() if p.requires_grad]
+        held.append(torch.empty(2, *shape, dtype=torch.uint8))
+        supports, queries = (torch.arange(config['way']).repeat_interleave(config[n]) for n in ('shot', 'queries'))
+        for part in held[-1][0].split(config['micro_batch'] or shape[0]):
+            with torch.autocast('cpu', torch.bfloat16):
+                features = model(part, n_support)
+            episode_loss(log_scores(features, n_support, config['temp']), supports, queries, config['loss']).backward()
+    return live.peak
+
+
+def memory(options, config):
+    """What a step of train.py takes of a GPU, by count, no GPU needed: whole, by single episodes, with recomputing."""
+    clip, rows = evaluation.load_clip(config), []
+    for adapter in (False, True):
+        for more in ({}, dict(micro_batch=1), dict(micro_batch=1, recompute=True))[:2 + adapter]:
+            each = {**config, 'temporal_adapter': adapter, **more}
+            rows.append({'adapters': adapter, 'method': ', '.join(f'{key}={value}' for key, value in more.items()) or 'whole',
+                         'GB': step_bytes(evaluation.build(each, clip), each) / 1e9})
+    show(rows, options['out'], clip=config['clip'], way=config['way'], shot=config['shot'], queries=config['queries'],
+         meta_batch=config['meta_batch'])
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------------------
@@ -492,7 +551,7 @@ def eval_(options, config):
 
 def main():
     """Splits off the options of OPTIONS and hands the rest to config.py."""
-    commands, argv = dict(decode=decode, encode=encode, train=train, eval=eval_), sys.argv[1:]
+    commands, argv = dict(decode=decode, encode=encode, train=train, memory=memory, eval=eval_), sys.argv[1:]
     if not argv or argv[0] not in commands:
         sys.exit(__doc__)
     options, rest = dict(OPTIONS), []

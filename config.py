@@ -25,7 +25,7 @@ DEFAULTS = dict(
     augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized), 'randaug' (and more)
     flip=True,                 # mirror half of the training clips; wrong where classes name a side or a turn
     norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
-    workers=2,                 # decoding processes (of each process that torchrun starts); 0 decodes in the main one
+    workers=None,              # decoding processes; None: one a core, at most 16, shared out to torchrun's; 0: in the main one
     cache_frames=32,           # evenly spaced frames of a video kept for training to choose from (TSN within each part)
     cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
     cache_dir=None,            # a folder that keeps decoded frames between runs
@@ -102,7 +102,7 @@ CHOICES = dict(
     compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'), test_split=('train', 'val', 'test'),
 )
 TYPES = dict(attention=str, annotations=(str, list), episodes_file=str, features_dir=str, test_ways=list, image_size=int,
-             splits=dict, prepare=str, sheet=str, cache_dir=str, out_dir=str,
+             splits=dict, prepare=str, sheet=str, cache_dir=str, workers=int, out_dir=str,
              ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
 POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
             'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
@@ -187,7 +187,7 @@ def set_option(config, key, value, folder, source):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
     if key in POSITIVE and value <= 0:
         sys.exit(f'{source}: {key}={value!r} must be positive.')
-    if key in NOT_NEGATIVE and value < 0:
+    if key in NOT_NEGATIVE and value is not None and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
         value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)

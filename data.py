@@ -365,7 +365,7 @@ def check(config):
         file = open(verdict_file(config), 'a', encoding='ascii')
     except OSError as error:
         sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
-    reader = ClipReader(dict(config, workers=max(config['workers'], os.cpu_count())), 1)
+    reader = ClipReader(dict(config, workers=config['workers'] or None), 1)
     try:
         with file:
             for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):

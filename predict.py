@@ -336,7 +336,7 @@ def all_windows(paths, config, image_size):
     """Yields (path, start, end, clip) for each window of each path, and (path, None, None, what is wrong) where it fails."""
     for path in paths:
         try:
-            slide = windows_apart if config['workers'] else windows
+            slide = windows if config['workers'] == 0 else windows_apart
             yield from ((path, *window) for window in slide(path, config, image_size))
         except UnreadableVideo as error:
             print(f'Warning: unreadable video {error}; left out.', file=sys.stderr, flush=True)

@@ -207,6 +207,14 @@ class DiskStore:
         return np.stack([decode_image(image, float('inf')) for image in encode_images(frames)])
 
 
+def processes(config):
+    """`workers`, or the cores that this process may use, at most 16, shared out to the processes of torchrun."""
+    if config['workers'] is not None:
+        return config['workers']
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(cores, 16) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def crc(video):
     """The same number for the same path in every process, which hash() is not."""
     return zlib.crc32(os.fsencode(video.path))
@@ -224,7 +232,7 @@ class ClipReader:
         self.shape = (config['frames'], 3, image_size, image_size)
         self.bad = {}  # Video -> why it cannot be read
         self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
-        count = config['workers']
+        count = processes(config)
         slots = int(np.clip(256e6 // (np.prod(self.shape) * max(count, 1)), 4, 64))  # clips a worker may be ahead
         self.maker = None if count else ClipMaker(config, image_size)
         # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker

@@ -52,6 +52,24 @@ def test_train(table):
     assert [row['method'] for row in rows if row['adapters']] == both
 
 
+def test_memory(table):
+    rows = table('memory', '--way=2', '--shot=1', '--queries=8', '--meta_batch=4', *SMALL)
+    assert [row['adapters'] for row in rows] == [False, False, True, True, True]
+    assert rows[0]['GB'] > rows[1]['GB'] and rows[2]['GB'] > rows[3]['GB'] > rows[4]['GB']
+    parameters = sum(p.numel() for p in bench.evaluation.load_clip(bench.load_config([CLIP])).visual.parameters())
+    assert 4 * parameters < 1e9 * rows[4]['GB'] < 1e9  # the weights themselves are in it
+
+
+def test_live_bytes_by_hand():
+    with bench.LiveBytes() as live:
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = (a + 1)[:500]  # a view keeps all 4,000
+        del a
+        c = torch.zeros(250) + 1  # for a moment 1,000 more than its own 1,000
+        c += 1
+    assert (live.now, live.peak) == (5000, 8000) and len(b) == 500
+
+
 def test_eval(table):
     rows = table('eval', '--videos=50', '--episodes=2', *SMALL)
     assert [row['videos an episode'] for row in rows] == [30, 30, 50, 50]

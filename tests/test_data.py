@@ -336,6 +336,13 @@ def test_unreadable_videos_are_replaced_or_left_out(in_process, folder, splits_o
         read(make_config(folder, splits=splits_option, workers=0, strict=True), folder)
 
 
+def test_number_of_decoding_processes(monkeypatch):
+    monkeypatch.setattr(reader.os, 'sched_getaffinity', lambda pid: range(24), raising=False)
+    assert [reader.processes(dict(workers=n)) for n in (None, 0, 3)] == [16, 0, 3]
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    assert reader.processes(dict(workers=None)) == 5
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_batches_do_not_depend_on_the_workers(in_process, folder, splits_option, workers):
     train, test, _ = read(make_config(folder, splits=splits_option, workers=workers), folder)
