@@ -421,7 +421,7 @@ def train(options, config):
         model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
         flops, moved = count(model, frames, config['way'] * config['shot'])
         theirs, _ = count(projected(model), frames, config['way'] * config['shot'])
-        ready, kept = itertools.repeat(frames), itertools.repeat(model.frozen(frames)[0])
+        ready, kept = itertools.repeat(frames), itertools.repeat([x.half() for x in model.frozen(frames)[0]])
         contestants = {'ours': (copy.deepcopy, ready), 'nn.MultiheadAttention': (projected, ready)}
         if not adapter:
             contestants |= {f'{name}, kept': (copied, kept) for name, (copied, _) in contestants.items()}
