@@ -234,6 +234,8 @@ def decode(options, config):
     paths = make_clips()
     if options['folder']:
         folder = options['folder']
+        if not os.path.isdir(folder):
+            sys.exit(f'There is no folder {folder}.')
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(VIDEOS)]
     workers, rows = config['workers'] or 2, []
     for path in paths:  # before the workers look for what is kept
@@ -330,7 +332,7 @@ class Projected(nn.Module):
         self.mha = nn.MultiheadAttention(attention.out_proj.in_features, attention.heads, batch_first=True)
         self.mha.load_state_dict(attention.state_dict())
 
-    def folded(self, q, x, ln, mask=None):
+    def folded(self, q, x, ln):
         tokens = (x * ln.weight + ln.bias).flatten(0, -3)
         return self.mha(q.reshape(-1, 1, q.shape[-1]), tokens, tokens, need_weights=False)[0].view_as(q)
 
@@ -353,16 +355,21 @@ def stepper(model, batches, config, device, dtype):
     forward = torch.compile(model) if config['compile'] is True or (config['compile'] == 'auto' and cuda) else model
 
     def step():
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
-            features = forward(next(batches), len(supports))
-        loss = episode_loss(log_scores(features, len(supports), config['temp']), supports, queries, config['loss'])
-        scaler.scale(loss).backward()
+        batch, total, size = next(batches), 0, config['micro_batch'] or config['meta_batch']
+        for i in range(0, config['meta_batch'], size):
+            part = training.part_of(batch, i, size)
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
+                features = forward(part, len(supports))
+            loss = episode_loss(log_scores(features, len(supports), config['temp']), supports, queries, config['loss'])
+            loss = loss * len(features) / config['meta_batch']
+            scaler.scale(loss).backward()
+            total += loss.detach()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, config['grad_clip'] or float('inf'))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return loss.item()
+        return total.item()
     return step
 
 
@@ -375,7 +382,7 @@ def count(model, frames, n_support):
         aten._scaled_dot_product_flash_attention_for_cpu_backward:
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        frozen = model.frozen(frames)[0]
+        frozen = model.frozen(frames[:1])[0]  # one episode stands for all
         flops.append(counter.get_total_flops())
         features = model(frozen, n_support)
         flops.append(counter.get_total_flops() - sum(flops))
@@ -383,7 +390,8 @@ def count(model, frames, n_support):
         flops.append(counter.get_total_flops() - sum(flops))
     model.zero_grad()
     weights = sum(p.numel() * (9 if p.requires_grad else 1) for p in model.parameters()) * 4
-    return flops, weights + 3 * sum(x.numel() * x.element_size() for x in frozen)  # tokens: written, read, read in backward
+    tokens = 3 * sum(x.nbytes for x in frozen)  # written, read, read in backward
+    return [len(frames) * f for f in flops], weights + len(frames) * tokens
 
 
 def machine(device, dtype):
@@ -407,38 +415,37 @@ def train(options, config):
     clip, rows, cuda = evaluation.load_clip(config), [], torch.device(device).type == 'cuda'
     size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
     shape = config['meta_batch'], videos, config['frames'], 3, size, size
-    readers, loaders = [], {}
-    if config['dataset'] and os.path.isdir(config['data_root']):
-        split = data.load_splits(config)['train']
-        jobs = training.episodes_from(config, split, (config['way'], config['shot'], config['queries']), 0, shape[0])
-        for name, cache_gb, chosen in (('ours, from the frame cache', config['cache_gb'], itertools.repeat(next(jobs))),
-                                       ('ours, decoding', 0.0, jobs)):
-            readers.append(ClipReader({**config, 'cache_gb': cache_gb}, size))
-            stream = training.on_device(readers[-1].stream(split, chosen, True, 0, shape[0]), device)
-            loaders[name] = map(operator.itemgetter(0), stream)
+    split = data.load_splits(config)['train'] if config['dataset'] and os.path.isdir(config['data_root']) else None
     frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for adapter in (False, True):
-        model = evaluation.build({**config, 'temporal_adapter': adapter}, clip).to(device)
+        model = evaluation.build({**config, 'temporal_adapter': adapter}, copy.deepcopy(clip)).to(device)
         flops, moved = count(model, frames, config['way'] * config['shot'])
         theirs, _ = count(projected(model), frames, config['way'] * config['shot'])
-        ready, kept = itertools.repeat(frames), itertools.repeat([x.half() for x in model.frozen(frames)[0]])
-        contestants = {'ours': (copy.deepcopy, ready), 'nn.MultiheadAttention': (projected, ready)}
+        contestants = {'ours': (copy.deepcopy, frames), 'nn.MultiheadAttention': (projected, frames)}
         if not adapter:
+            kept = [x.half() for x in model.frozen(frames)[0]]
             contestants |= {f'{name}, kept': (copied, kept) for name, (copied, _) in contestants.items()}
-        same = len(contestants)  # these see the same videos
-        contestants |= {name: (copy.deepcopy, batches) for name, batches in loaders.items()}
-        steps, peaks, losses = {}, dict.fromkeys(contestants, ''), []
-        for name, (copied, batches) in contestants.items():
+        steps, peaks, losses = {}, {}, []
+        for name, (copied, batch) in contestants.items():
             before = torch.cuda.memory_allocated() if cuda else 0  # by those before it
-            step = steps[name] = stepper(copied(model), batches, config, device, dtype)
+            step = steps[name] = stepper(copied(model), itertools.repeat(batch), config, device, dtype)
             losses.append(step())
             if cuda:  # with AdamW's moments, which the first step made
                 torch.cuda.reset_peak_memory_stats()
                 step()
-                peaks[name] = (torch.cuda.max_memory_allocated() - before + frames.nbytes) / 1e9
-        if max(losses[:same]) - min(losses[:same]) > 1e-2 * abs(losses[0]):
+                own = sum(x.nbytes for x in (batch if isinstance(batch, list) else [batch]))
+                peaks[name] = (torch.cuda.max_memory_allocated() - before + own) / 1e9
+        if max(losses) - min(losses) > 1e-2 * abs(losses[0]):
             sys.exit(f'The models are not equal: losses {losses} at the first step.')
         seconds = race(steps, options['rounds'])
+        for name, cache_gb in (('ours, from the frame cache', config['cache_gb']), ('ours, decoding', 0.0)) if split else ():
+            reader = ClipReader({**config, 'cache_gb': cache_gb}, size)
+            jobs = training.episodes_from(config, split, (config['way'], config['shot'], config['queries']), 0, shape[0])
+            stream = reader.stream(split, itertools.repeat(next(jobs)) if cache_gb else jobs, True, 0, shape[0])
+            batches = map(operator.itemgetter(0), training.on_device(stream, device))
+            # alone: in others' turns its workers would read ahead
+            seconds |= race({name: stepper(copy.deepcopy(model), batches, config, device, dtype)}, options['rounds'])
+            reader.close()
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
         print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward; '
@@ -447,9 +454,7 @@ def train(options, config):
         for row in rows_of(seconds, 'nn.MultiheadAttention', frames.shape[0] * videos, 'videos', adapters=adapter):
             median = np.median(seconds[row['method']])
             rows.append({**row, 'ms median': 1000 * median, 'of the floor': f'{100 * floor / median:.0f} %' if
-                         row['method'] == 'ours' else '', 'peak GB': peaks[row['method']]})
-    for reader in readers:
-        reader.close()
+                         row['method'] == 'ours' else '', 'peak GB': peaks.get(row['method'], '')})
     show(rows, options['out'], device=device, dtype=str(dtype), videos=frames.shape[0] * videos, clip=config['clip'])
 
 
@@ -488,8 +493,10 @@ def step_bytes(model, config):
     size, n_support = model.visual.image_size, config['way'] * config['shot']
     shape = config['meta_batch'], config['way'] * (config['shot'] + config['queries']), config['frames'], 3, size, size
     model = copy.deepcopy(model)
+    norm = F.layer_norm
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
-            mock.patch('model.CPU_CHUNK', 2 ** 30):  # a GPU takes all images at once
+            mock.patch('torch.nn.functional.layer_norm', lambda x, *args: norm(x.float(), *args)), \
+            mock.patch('model.CPU_CHUNK', 2 ** 30):  # a GPU takes all images at once, and its autocast norms in float32
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty_like(p), p.requires_grad))
@@ -510,7 +517,7 @@ def memory(options, config):
         for more in ({}, dict(micro_batch=1), dict(micro_batch=1, recompute=True))[:2 + adapter]:
             each = {**config, 'temporal_adapter': adapter, **more}
             rows.append({'adapters': adapter, 'method': ', '.join(f'{key}={value}' for key, value in more.items()) or 'whole',
-                         'GB': step_bytes(evaluation.build(each, clip), each) / 1e9})
+                         'GB': step_bytes(evaluation.build(each, copy.deepcopy(clip)), each) / 1e9})
     show(rows, options['out'], clip=config['clip'], way=config['way'], shot=config['shot'], queries=config['queries'],
          meta_batch=config['meta_batch'])
 
@@ -558,6 +565,8 @@ def main():
     for arg in argv[1:]:
         key, _, value = arg[2:].partition('=')
         if arg.startswith('--') and key in OPTIONS:
+            if isinstance(OPTIONS[key], int) and not (value.isdecimal() and int(value)):
+                sys.exit(f'{arg}: --{key}= needs a positive integer.')
             options[key] = type(OPTIONS[key])(value)
         else:
             rest.append(arg)

@@ -64,7 +64,7 @@ DEFAULTS = dict(
     log_interval=10,           # steps between log lines
     seed=42,                   # of everything that is random
     deterministic=False,       # bit-equal runs on CUDA, slower
-    device='auto',             # 'cuda', 'cpu'; 'auto': CUDA where there is one
+    device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu'; 'auto': CUDA where there is one
     dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32'; a CPU computes in float32
     compile='auto',            # torch.compile: True, False; 'auto': on CUDA
     frozen_dtype='float32',    # of the weights before the first adapter: 'bfloat16' or 'float16' where the hardware has it
@@ -99,14 +99,16 @@ CHOICES = dict(
     act=(None, 'quick_gelu', 'gelu'), cross_video=('joint', 'inductive', False), mlp_order=('serial', 'parallel'),
     alpha_init=('random', 'zero'),
     loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
-    compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'), test_split=('train', 'val', 'test'),
+    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False),
+    frozen_dtype=('float32', 'bfloat16', 'float16'), test_split=('train', 'val', 'test'),
 )
 TYPES = dict(attention=str, annotations=(str, list), episodes_file=str, features_dir=str, test_ways=list, image_size=int,
              splits=dict, prepare=str, sheet=str, cache_dir=str, workers=int, out_dir=str,
              ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
-POSITIVE = ('frames', 'resize', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch', 'eval_interval',
-            'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
-NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters')
+POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch',
+            'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
+NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
+                'seed')
 PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'features_dir')
 MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
@@ -185,7 +187,11 @@ def set_option(config, key, value, folder, source):
             sys.exit(f'{source}: {key}={value!r} is of the wrong type, {type(value).__name__}.')
     elif type(value) is not type(default):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
-    if key in POSITIVE and value <= 0:
+    if isinstance(value, list):
+        kind = int if key in ('test_ways', 'test_shots') else str
+        if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
+            sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
+    if key in POSITIVE and value is not None and value <= 0:
         sys.exit(f'{source}: {key}={value!r} must be positive.')
     if key in NOT_NEGATIVE and value is not None and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
@@ -203,7 +209,7 @@ def resolve_device(config):
     device = config['device']
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device.startswith('cuda') and not torch.cuda.is_available():
+    if device == 'cuda' and not torch.cuda.is_available():
         sys.exit(f'--device={device}: PyTorch sees no CUDA device here; use --device=cpu.')
     if device == 'cpu':
         return device, torch.float32

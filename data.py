@@ -11,6 +11,7 @@ decode.py turns a video into frames, reader.py turns episodes of videos into bat
 """
 
 import difflib
+import itertools
 import json
 import os
 import random
@@ -327,6 +328,13 @@ def fit_episode(config, split, way, shot, queries):
     print(f'Split {split.name} has {len(split.classes)} classes, the smallest of {smallest} videos: episodes are {way}-way '
           f'{shot}-shot with {queries} queries a class instead of {asked[0]}-way {asked[1]}-shot with {asked[2]}.', flush=True)
     return way, shot, queries
+
+
+def check_test(config, split):
+    """Stops where a size of test episode cannot be drawn of a split: before the videos are read, not after."""
+    if not config['lower']:
+        for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
+            episode(split, way, shot, config['test_queries'], config['seed'], 0)
 
 
 # ---- Before you train

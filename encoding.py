@@ -50,10 +50,10 @@ def frozen_parts(model, split, reader, device, autocast, draw=None, first=0, hea
 
 def encode_frozen(model, split, reader, device, autocast, draw=None):
     """What `frozen_parts` gives of a whole split -> `videos`, the split without the videos that could not be read, and
-    `frozen`, tensors (V, T, *, D), float16 on CUDA and in training, else float32."""
+    `frozen`, tensors (V, T, *, D) in memory, not on the GPU, float16 from CUDA and in training, else float32."""
     read, frozen = [], []
     for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw, head=False):
-        frozen.append([x.half() if x.is_cuda or draw is not None else x.float() for x in parts])
+        frozen.append([(x.half() if x.is_cuda or draw is not None else x.float()).cpu() for x in parts])
         read.append(indices)
     if not read:
         sys.exit(f'None of {len(split.videos)} {split.name} videos could be read.')
@@ -155,7 +155,7 @@ def encode_split(config, clip, model, tested, split, reader, device, autocast):
 
 def features_name(config, clip, tested, split):
     """A name that is another as soon as anything is that the features depend on."""
-    about = [clip.weights_hash, clip.act, clip.visual.image_size, str(resolve_device(config)[1]),
+    about = [clip.weights_hash, clip.act, clip.visual.image_size, str(resolve_device(config)[1]), bool(config['cache_dir']),
              [config[key] for key in (*MODEL_OPTIONS, 'frozen_dtype', 'test_sampling', 'seed', 'probe')],
              [stamp(video) for video in split.videos]]
     digest = hashlib.sha256(json.dumps(about).encode())

@@ -74,7 +74,10 @@ def load_clip(config):
 
 
 def build(config, clip):
-    """A VBA over the CLIP's image tower, new parts initialised from config['seed']."""
+    """A VBA over the CLIP's image tower, new parts initialised from config['seed']. Stops where the tower is not that deep."""
+    depth = len(clip.visual.transformer.resblocks)
+    if config['levels'] > depth:
+        sys.exit(f'levels={config["levels"]}, but the image tower of clip={config["clip"]!r} has {depth} blocks.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config['seed'])
         return VBA(clip.visual, config)
@@ -311,7 +314,7 @@ def draw_attention(config, model, videos, reader, image_size, device, autocast, 
     weights = []
     with autocast:
         own, _ = model.frozen(frames[None].to(device))
-        tokens = model.tokens(model.kept([torch.cat([x.float(), y.float()]) for x, y in zip(frozen, own)]))
+        tokens = model.tokens(model.kept([torch.cat([x.to(y), y]) for x, y in zip(frozen, own)]))
         q = model.query.expand(1, n_support + 1, -1)  # one episode: the supports, then the clip
         mask = inductive_mask(q.shape[1], n_support, device)
         for level, x in zip(model.levels, tokens):
@@ -354,6 +357,10 @@ def main():
         sys.exit('--attention draws a trained model: --ckpt= names one.')
     with ranks.rank_0_first():  # it makes or fetches what is missing
         split, clip, models = data.load_splits(config)[config['test_split']], load_clip(config), []
+    listed = config['episodes_file']
+    given = listed and os.path.exists(listed)
+    if not given:
+        data.check_test(config, split)
     for checkpoint, path in zip(checkpoints, config['ckpt'] or []):
         models.append(build(config, clip))
         restore(models[-1], clip, checkpoint, path)
@@ -367,8 +374,7 @@ def main():
                            os.path.join(config['out_dir'], 'attention.png'))
     finally:
         reader.close()
-    path = config['episodes_file']
-    lists = load_episodes(path, encoded['videos']) if path and os.path.exists(path) else None
+    lists = load_episodes(listed, encoded['videos']) if given else None
     rows, rights, used = evaluate(config, clip, models, encoded, device, autocast, lists)
     if ranks.rank_of()[0] == 0:
         print_pairs(rows, rights)
@@ -378,9 +384,9 @@ def main():
         pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
         across = any(name != config['dataset'] for name in config.get('trained_on', []))
         save_json(os.path.join(config['out_dir'], f'results_{config["dataset"]}.json' if across else 'results.json'), rows)
-        if path and not lists:
-            save_episodes(path, encoded['videos'], used)
-            print(f'wrote the episodes into {path}')
+        if listed and not given:
+            save_episodes(listed, encoded['videos'], used)
+            print(f'wrote the episodes into {listed}')
     ranks.end()
 
 

@@ -71,21 +71,17 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(-3, -2).flatten(-2))
 
-    def folded(self, q, x, ln, mask=None):
+    def folded(self, q, x, ln):
         """One query q (..., D) a video over its tokens ln(x): what forward(q, ln(x), ln(x)) gives, ~55x cheaper.
 
         x (..., N, D) is already standardised (LayerNorm without its scale and shift); `ln` holds scale and shift, which fold
-        into the query and the pooled value just as W_k and W_v do, so no token is ever projected. mask (..., N): true where
-        q may look.
+        into the query and the pooled value just as W_k and W_v do, so no token is ever projected.
         """
-        return self.unfold(self.folded_weights(q, x, ln, mask) @ x, ln)
+        return self.unfold(self.folded_weights(q, x, ln) @ x, ln)
 
-    def folded_weights(self, q, x, ln, mask=None):
+    def folded_weights(self, q, x, ln):
         """The attention (..., heads, N) of `folded`."""
-        logits = self.fold(q, ln) @ x.transpose(-1, -2)
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(-2), -math.inf)
-        return logits.softmax(-1)
+        return (self.fold(q, ln) @ x.transpose(-1, -2)).softmax(-1)
 
     def fold(self, q, ln):
         """q (..., D) -> what meets the tokens, (..., heads, D). b_k and the shift of ln add the same to every logit, so they
@@ -309,7 +305,7 @@ class VBA(nn.Module):
 
     def kept(self, frozen):
         """The list that `frozen` gave -> A, a list of S tensors (..., T, L, D): the outputs of the last S blocks."""
-        frozen = [x.to(dtype_beside(self.query)) for x in frozen]
+        frozen = [x.to(self.query.device, dtype_beside(self.query)) for x in frozen]
         if not self.adapters:
             return frozen
         shape = frozen[0].shape

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from decode import UnreadableVideo, Video, clip_range, decode_image, encode_images, read_frames, sample_indices, stamp
 
+RANKS = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that torchrun started on this machine
 TIME_LIMIT = 60  # seconds that one video may take before its worker is killed and the video counts as unreadable
 
 
@@ -207,12 +208,12 @@ class DiskStore:
         return np.stack([decode_image(image, float('inf')) for image in encode_images(frames)])
 
 
-def processes(config):
-    """`workers`, or the cores that this process may use, at most 16, shared out to the processes of torchrun."""
+def worker_count(config):
+    """`workers`, or the cores that this process may use, at most 16, shared out to the ranks of torchrun."""
     if config['workers'] is not None:
         return config['workers']
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(cores, 16) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    return max(1, min(cores, 16) // RANKS)
 
 
 def crc(video):
@@ -232,15 +233,15 @@ class ClipReader:
         self.shape = (config['frames'], 3, image_size, image_size)
         self.bad = {}  # Video -> why it cannot be read
         self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
-        count = processes(config)
+        count = worker_count(config)
         slots = int(np.clip(256e6 // (np.prod(self.shape) * max(count, 1)), 4, 64))  # clips a worker may be ahead
-        self.maker = None if count else ClipMaker(config, image_size)
+        self.maker = None if count else ClipMaker(config, image_size, RANKS)
         # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker
         context = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(['torch', 'av', 'reader'])
         if count:
             forkserver.ensure_running()  # it imports while the caller goes on
-        self.workers = [Worker(context, slots, self.shape, (config, image_size, count)) for _ in range(count)]
+        self.workers = [Worker(context, slots, self.shape, (config, image_size, count * RANKS)) for _ in range(count)]
         self.ahead = count * slots
 
     def stream(self, split, jobs, train, first=0, stride=1):

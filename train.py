@@ -108,7 +108,7 @@ def main():
     cuda = torch.device(device).type == 'cuda'
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     if not cuda:
-        print('No CUDA: training on the CPU in float32, without compile.')
+        print('Training on the CPU, in float32.')
     if config['meta_batch'] % world:
         sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
     if config['deterministic']:
@@ -130,6 +130,7 @@ def main():
     train, val, test = splits['train'], splits['val'], splits['test']
     way, shot, queries = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
     data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
+    data.check_test(config, test)
     model = evaluation.build(config, clip).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters train beside '
@@ -171,13 +172,6 @@ def main():
     support_labels = torch.arange(way, device=device).repeat_interleave(shot)
     query_labels = torch.arange(way, device=device).repeat_interleave(queries)
 
-    stop = []  # filled by the first Ctrl-C or SIGTERM: the step in progress ends, then the run is saved; a second one kills
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
     reader = data.ClipReader(config, clip.visual.image_size)
     try:
         val_videos, val_frozen = encode_frozen(model, val, reader, device, autocast)
@@ -185,12 +179,12 @@ def main():
         val_episodes = evaluation.draw_episodes(val_videos, *val_sizes, config['seed'], config['val_episodes'])
         needed, val_episodes = np.unique(val_episodes, return_inverse=True)  # the other videos are not encoded each time
         val_episodes = val_episodes.reshape(config['val_episodes'], -1)
-        val_frozen = [x[torch.from_numpy(needed).to(x.device)].cpu() for x in val_frozen]  # nor need they fit on the GPU
+        val_frozen = [x[torch.from_numpy(needed)] for x in val_frozen]
         share = config['meta_batch'] // world  # episodes of a step that are this rank's
         first = state['iter'] * config['meta_batch'] + rank * share
         jobs = episodes_from(config, train, (way, shot, queries), first, share)
         if config['cache_prefix']:
-            draws = [encode_frozen(model, train, reader, device, autocast, draw)[1]
+            draws = [[x.to(device) for x in encode_frozen(model, train, reader, device, autocast, draw)[1]]
                      for draw in range(config['cache_prefix'])]
             batches = cached(config, draws, jobs, first)
         else:
@@ -212,6 +206,14 @@ def main():
             state['correct'] += accuracy
             state['steps'] += 1
             return stopped > 0
+
+        stop = []  # filled by the first Ctrl-C or SIGTERM: the step in progress ends, then the run is saved
+
+        def on_signal(number, frame):
+            stop.append(number)
+            signal.signal(number, before[number])  # a second one ends the process
+            print('stopping after this step', flush=True)
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
         waited, began, unsettled, stopped = 0.0, time.perf_counter(), [], False
         while state['iter'] < config['max_iters'] and not stopped:
@@ -278,6 +280,9 @@ def main():
                 if rank == 0:
                     save(last, checkpoint())
             sys.exit(f'Stopped at step {state["iter"]} by a signal; --resume=True goes on from {last}.')
+
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
         # the test split is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt

@@ -52,7 +52,10 @@ def test_nothing_in_a_sample_is_run(tmp_path):
     ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('--key=value',)), ('--lr=fast', ('lr', 'float')),
     ('--way=2.5', ('way', 'int')), ('--cross_video=True', ('cross_video', "'inductive'")),
     ('--way=0', ('way', 'positive')), ('--flip=1', ('flip', 'bool')),
-    ('--splits=3', ('splits', 'int')),
+    ('--splits=3', ('splits', 'int')), ('--device=cuda:1', ('device', "'cuda'")),
+    ('--test_shots=[1,0]', ('test_shots', 'positive')), ('--test_shots=[]', ('test_shots', 'positive')),
+    ('--templates=[]', ('templates', 'strings')), ('--query=[1]', ('query', 'strings')),
+    ('--seed=-1', ('seed', 'negative')), ('--image_size=-64', ('image_size', 'positive')),
 ])
 def test_what_is_wrong_is_named(option, words):
     fails([option], *words)

@@ -76,8 +76,7 @@ def test_cls_token_option_keeps_all_tokens():
     assert encoded(fresh(), clips(2))[0].shape == (2, T, 4, 128)
 
 
-@pytest.mark.parametrize('masked', [False, True])
-@pytest.mark.parametrize('form', ['folded', 'plain'])
+@pytest.mark.parametrize('form, masked', [('folded', False), ('plain', False), ('plain', True)])
 def test_attention_equals_multihead_attention(form, masked):
     torch.manual_seed(0)
     dim, heads, videos, tokens = 128, 2, 3, 10
@@ -93,7 +92,7 @@ def test_attention_equals_multihead_attention(form, masked):
 
     keys = ln(x)
     if form == 'folded':
-        out = ours.folded(q, F.layer_norm(x, (dim,)), ln, mask if masked else None)
+        out = ours.folded(q, F.layer_norm(x, (dim,)), ln)
     else:
         out = ours(q[:, None], keys, keys, mask[:, None, None] if masked else None)[:, 0]
     expected = theirs(q[:, None], keys, keys, key_padding_mask=~mask if masked else None)[0][:, 0]
@@ -324,6 +323,15 @@ def test_tokens_stay_in_the_dtype_of_autocast(adapter):
         kept = model.kept(frozen)
         assert {x.dtype for x in [*frozen, *kept, *model.tokens(kept)]} == {torch.bfloat16}
         assert model(frames, WAY * SHOT).dtype == torch.float32
+
+
+@pytest.mark.parametrize('adapter', [True, False])
+def test_what_is_kept_elsewhere_comes_to_the_device_of_the_model(monkeypatch, adapter):
+    """As in validation on a GPU, where the frozen part of each video waits in memory."""
+    monkeypatch.setattr('model.dtype_beside', lambda weight: weight.dtype)  # autocast knows no device `meta`
+    model = shaken(temporal_adapter=adapter)
+    frozen, _ = model.frozen(clips(2))
+    assert {x.device.type for x in model.to('meta').tokens(model.kept(frozen))} == {'meta'}
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():

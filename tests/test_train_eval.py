@@ -301,6 +301,13 @@ def test_cuda_trains_and_is_deterministic_on_request(world, tmp_path, dtype):
         assert row['episodes_hash'] == other['episodes_hash'] and abs(row['accuracy'] - other['accuracy']) < 10
 
 
+@pytest.mark.parametrize('option, words', [('--test_shots=[1,9]', '9 supports'), ('--levels=4', '3 blocks')])
+def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, option, words):
+    for script in (train, evaluation):
+        assert words in run(script, world, option, f'--out_dir={tmp_path}', check=False).error
+    assert not list(tmp_path.iterdir())
+
+
 def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path):
     result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--meta_batch=3')
     assert result.returncode and 'cannot be shared out evenly to 2 processes' in result.stderr
