@@ -315,6 +315,10 @@ def encode(options, config):
     if tower:
         images, base = model.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
         contestants = {base: lambda: tower(images), **contestants}
+    with FlopCounterMode(display=False) as counter:
+        model.visual(torch.zeros(1, 3, size, size, device=device))
+    flops, product = counter.get_total_flops(), machine(device, torch.float32)[0]
+    print(f'{flops / 1e9:.2f} GFLOP an image, {product / 1e9:.0f} GFLOP/s in float32: that is {product / flops:.3g} images/s')
     rows = rows_of(race(contestants, options['rounds']), base, videos * config['frames'], 'images')
     reference = contestants[base]().float()
     for row in rows:
