@@ -53,7 +53,7 @@ def test_train(table):
 
 
 def test_memory(table):
-    rows = table('memory', '--way=2', '--shot=1', '--queries=8', '--meta_batch=4', *SMALL)
+    rows = table('memory', '--way=2', '--shot=1', '--queries=24', '--meta_batch=2', '--levels=2', *SMALL)
     assert [row['adapters'] for row in rows] == [False, False, True, True, True]
     assert rows[0]['GB'] > rows[1]['GB'] and rows[2]['GB'] > rows[3]['GB'] > rows[4]['GB']
     parameters = sum(p.numel() for p in bench.evaluation.load_clip(bench.load_config([CLIP])).visual.parameters())

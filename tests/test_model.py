@@ -300,10 +300,11 @@ def test_mlp_is_clips():
     torch.testing.assert_close(mlp(x), expected)
 
 
-@pytest.mark.parametrize('adapter, recompute, half', [(True, True, False), (False, False, False), (True, False, True)])
-def test_compiles_in_one_graph_with_the_same_gradients(adapter, recompute, half):
+@pytest.mark.parametrize('adapter, recompute, half', [(True, True, True), (False, False, False)])
+def test_compiles_in_one_graph_with_the_same_gradients(monkeypatch, adapter, recompute, half):
     """fullgraph=True raises at a graph break. The backend traces forward and backward and runs them as they are."""
     torch._dynamo.reset()
+    monkeypatch.setattr('model.CPU_CHUNK', 1000)  # one chunk, as on a GPU
     model, frames = shaken(temporal_adapter=adapter, recompute=recompute, levels=2), clips(2, B)
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')):

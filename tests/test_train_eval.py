@@ -308,9 +308,10 @@ def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, option
     assert not list(tmp_path.iterdir())
 
 
-def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path):
-    result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--meta_batch=3')
-    assert result.returncode and 'cannot be shared out evenly to 2 processes' in result.stderr
+def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.ranks, 'rank_of', lambda: (0, 2))
+    stopped = run(train, world, f'--out_dir={tmp_path}', '--meta_batch=3', check=False)
+    assert 'cannot be shared out evenly to 2 processes' in stopped.error
 
 
 def test_dead_rank_ends_the_run_with_a_message(world, tmp_path):
