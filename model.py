@@ -273,7 +273,7 @@ class VBA(nn.Module):
         self.register_buffer('std', std.view(3, 1, 1), persistent=False)
 
     def normalise(self, frames):
-        """Pixels (..., 3, H, W) uint8 -> float in the backbone's dtype."""
+        """Pixels (..., 3, H, W) uint8 -> float, in the dtype that the first product takes."""
         return ((frames / 255 - self.mean) / self.std).to(dtype_beside(self.visual.conv1.weight))
 
     @torch.no_grad()

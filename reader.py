@@ -115,7 +115,6 @@ class ClipMaker:
         return jitter(clip, rng) if rng is not None and self.config['augment'] == 'randaug' else clip
 
 
-
 def jitter(clip, rng):
     """uint8 (T, 3, H, W) -> the same with one draw of colour and geometry for the whole clip: brightness, contrast and
     saturation 0.7 to 1.3, hue up to 18 degrees, turned up to 10 degrees, sheared up to 0.1, 0.9 to 1.1 of the size."""

@@ -1,12 +1,15 @@
 """Every sub-command of bench.py runs, at a tiny size, and writes the table it prints."""
 
+import itertools
 import json
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bench
+from make_clips import write_clip
 
 CLIP = '--clip=' + os.path.join(os.path.dirname(bench.__file__), 'demo', 'tiny_clip.pt')
 SMALL = (CLIP, '--frames=2', '--rounds=1', '--device=cpu')
@@ -45,19 +48,32 @@ def test_encode(table):
         assert float(rows['ours, bf16 weights']['lowest cosine']) > 0.99
 
 
-def test_train(table):
-    rows = table('train', '--way=2', '--shot=1', '--queries=1', '--meta_batch=2', *SMALL)
-    both = ['ours', 'nn.MultiheadAttention']
-    assert [row['method'] for row in rows if not row['adapters']] == [*both, *(f'{name}, kept' for name in both)]
-    assert [row['method'] for row in rows if row['adapters']] == both
+def test_train(table, tmp_path):
+    for name, i in itertools.product('abcdef', range(2)):
+        (tmp_path / 'clips' / name).mkdir(parents=True, exist_ok=True)
+        write_clip(tmp_path / 'clips' / name / f'{i}.mp4', frames=4)
+    (tmp_path / 'config.py').write_text(f'''config = dict(
+        dataset='tiny', data_root={str(tmp_path / 'clips')!r}, workers=0, way=2, shot=1, queries=1, meta_batch=2, flip=False,
+        splits=dict(train=['a', 'b'], val=['c', 'd'], test=['e', 'f']))''')
+    rows = table('train', str(tmp_path / 'config.py'), *SMALL)
+    both, loaded = ['ours', 'nn.MultiheadAttention'], ['ours, from the frame cache', 'ours, decoding']
+    assert [row['method'] for row in rows if not row['adapters']] == [*both, *(f'{name}, kept' for name in both), *loaded]
+    assert [row['method'] for row in rows if row['adapters']] == both + loaded
 
 
 def test_memory(table):
     rows = table('memory', '--way=2', '--shot=1', '--queries=24', '--meta_batch=2', '--levels=2', *SMALL)
     assert [row['adapters'] for row in rows] == [False, False, True, True, True]
     assert rows[0]['GB'] > rows[1]['GB'] and rows[2]['GB'] > rows[3]['GB'] > rows[4]['GB']
-    parameters = sum(p.numel() for p in bench.evaluation.load_clip(bench.load_config([CLIP])).visual.parameters())
-    assert 4 * parameters < 1e9 * rows[4]['GB'] < 1e9  # the weights themselves are in it
+
+
+def test_step_bytes_of_a_few_small_videos_by_hand(monkeypatch):
+    """Little more than weights, gradients, AdamW's two moments and two batches of frames. Norms are in float32, as on CUDA."""
+    config = bench.load_config([CLIP, '--frames=1', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1'])
+    model, norms, norm = bench.evaluation.build(config, bench.evaluation.load_clip(config)), set(), F.layer_norm
+    monkeypatch.setattr(F, 'layer_norm', lambda x, *args: norms.add(x.dtype) or norm(x, *args))
+    by_hand = 2 * (4 * 3 * 64 * 64) + sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    assert by_hand < bench.step_bytes(model, config) < 1.2 * by_hand and norms == {torch.float32}
 
 
 def test_live_bytes_by_hand():

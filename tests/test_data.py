@@ -341,6 +341,8 @@ def test_number_of_decoding_processes(monkeypatch):
     assert [reader.worker_count(dict(workers=n)) for n in (None, 0, 3)] == [16, 0, 3]
     monkeypatch.setattr(reader, 'RANKS', 3)
     assert reader.worker_count(dict(workers=None)) == 5
+    alone = reader.ClipReader(dict(DEFAULTS, workers=0, device='cpu', cache_gb=3.0), 32)
+    assert alone.maker.store.room == 1e9  # its share of cache_gb
 
 
 @pytest.mark.parametrize('workers', [1, 2])
