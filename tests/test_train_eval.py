@@ -129,6 +129,19 @@ def test_resumed_run_equals_the_uninterrupted_one(world, trained):
     assert losses(out_dir)[1:] == losses(trained[0])[1:] and same(out_dir / 'last.pt', trained[0] / 'last.pt')
 
 
+def test_a_signal_ends_the_run_after_the_step(world, trained, tmp_path, monkeypatch):
+    def validate(*args, validate=evaluation.validate):
+        os.kill(os.getpid(), signal.SIGTERM)  # during the validation after step 3
+        return validate(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, 'validate', validate)
+        result = run(train, world, f'--out_dir={tmp_path}', check=False)
+    assert 'Stopped at step 4 by a signal' in result.error and 'encoded' not in result.output
+    run(train, world, f'--out_dir={tmp_path}', '--resume=True')
+    assert losses(tmp_path) == losses(trained[0]) and same(tmp_path / 'last.pt', trained[0] / 'last.pt')
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_run_resumes_bit_for_bit(world, trained, number):
     out_dir = world / f'killed{int(number)}'
