@@ -1,8 +1,8 @@
-"""CLIP: its two towers, its weights from wherever they are, its tokenizer, its zero-shot texts.
+"""CLIP: its two towers, its weights from wherever they are, its tokenizer.
 
-In reading order: the module (CLIP), the one door (load_clip), finding and fetching files (find_weights, fetch), reading the
+In reading order: the module (CLIP), the one door (load_clip), finding files (find_weights; tools/fetch.py fetches), reading the
 three kinds of files without running anything in them (read_state), other packages' parameter names (openai_names), what the
-shapes tell and other resolutions (geometry, resize_positions), text (Tokenizer, zero_shot_weights).
+shapes tell and other resolutions (geometry, resize_positions), text (Tokenizer).
 
 Whatever a user can get wrong raises OSError or ValueError with one sentence; the scripts end with that sentence.
 """
@@ -10,7 +10,6 @@ Whatever a user can get wrong raises OSError or ValueError with one sentence; th
 import gzip
 import hashlib
 import html
-import http.client
 import importlib.util
 import io
 import json
@@ -18,10 +17,7 @@ import math
 import os
 import pickle
 import re
-import sys
 import types
-import urllib.error
-import urllib.request
 import zipfile
 from collections import OrderedDict
 
@@ -32,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import ACTIVATIONS, Transformer, ViT
+from tools.fetch import fetch, sha256_of
 
 ADDRESS = 'https://openaipublic.azureedge.net/clip/models'  # /<SHA-256>/<file>: the addresses and digests of OpenAI's clip.py
 MODELS = {  # name: (SHA-256 of OpenAI's file, image size, patch size, width, layers, embedding, text width)
@@ -53,7 +50,7 @@ class CLIP(nn.Module):
                  vocab_size=None, context_length=None, text_width=None, text_layers=None, act='quick_gelu'):
         super().__init__()
         self.visual = ViT(image_size, patch_size, width, layers, embed_dim, act)
-        self.context_length, self.vocab_size = context_length, vocab_size
+        self.context_length, self.vocab_size, self.known_texts = context_length, vocab_size, {}
         if vocab_size:
             self.token_embedding = nn.Embedding(vocab_size, text_width)
             self.positional_embedding = nn.Parameter(torch.randn(context_length, text_width) * 0.01)
@@ -74,14 +71,37 @@ class CLIP(nn.Module):
         x = self.ln_final(self.transformer(x, causal))
         return x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
 
+    @torch.no_grad()
+    def texts(self, class_names, templates):
+        """Class names and templates with a {} -> (N, embed_dim) float32 unit text features: a class's mean over its templates.
 
-def load_clip(source, act=None, image_size=None):
+        Computed once for the same names. ValueError: no text tower, a template without {}, a text too long. OSError: the
+        tokenizer's merges cannot be fetched.
+        """
+        if not self.vocab_size:
+            raise ValueError('Class names need a text tower, and these CLIP weights hold the image tower alone.')
+        if wrong := [template for template in templates if '{}' not in template]:
+            raise ValueError(f'A template needs {{}} where the class name goes: {wrong[0]!r}.')
+        key, device = (*class_names, None, *templates), self.logit_scale.device
+        if key not in self.known_texts:
+            tokenizer, weights = tokenizer_of(self), []
+            with torch.autocast(device.type, enabled=False):
+                for name in class_names:
+                    texts = [template.replace('{}', readable(name)) for template in templates]
+                    features = self.encode_text(tokenizer(texts, self.context_length).to(device))
+                    weights.append(F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1))
+            self.known_texts[key] = torch.stack(weights)
+        return self.known_texts[key].to(device)
+
+
+def load_clip(source, act=None, image_size=None, norm='clip'):
     """source -> CLIP in float32, evaluation mode, all frozen, with `act` and the `weights_hash` of its image tower.
 
     source: a name (MODELS: OpenAI's weights, found or fetched), 'random:<name>' (its geometry, seeded random weights), or a
     file: OpenAI's TorchScript archive, a state dict of torch.save, or safetensors; in OpenAI's, open_clip's or Hugging Face's
     names; of both towers or the image tower alone. act: 'quick_gelu', 'gelu' or None, see default_act. image_size: side of
-    the images in pixels if not the weights' own. OSError: no such file, no network. ValueError: not such weights.
+    the images in pixels if not the weights' own. norm: of NORMS, what pixels are normalised by. OSError: no such file, no
+    network. ValueError: not such weights.
     """
     if source.startswith('random:'):
         stored = random_state(source.removeprefix('random:'))
@@ -108,7 +128,7 @@ def load_clip(source, act=None, image_size=None):
     check(state, expected, source)
     clip.load_state_dict({name: x.float().contiguous() for name, x in state.items()}, assign=True)
     clip.eval().requires_grad_(False)
-    clip.act, clip.weights_hash = act, weights_hash(clip.visual)
+    clip.visual.norm, clip.act, clip.weights_hash = norm, act, weights_hash(clip.visual)
     return clip
 
 
@@ -177,75 +197,6 @@ def find_merges():
             if sha256_of(path := os.path.join(folder, file)) == MERGES[1]:
                 return path
     return fetch(MERGES[0], os.path.join(cache_folder(), file), MERGES[1])
-
-
-def sha256_of(path):
-    """The SHA-256 of a file in hexadecimal, None if there is none."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, 'rb') as file:
-        return digest_of(file).hexdigest()
-
-
-def digest_of(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def fetch(url, path, sha256):
-    """Makes sure that `path` holds the file with this SHA-256, downloading it if it does not, and returns path.
-
-    What is loading lies at path + '.part', is moved when its digest is right and removed when it is wrong. A connection that
-    breaks is taken up where it stopped as long as something arrives, then by the next run.
-    """
-    if (found := sha256_of(path)) == sha256:
-        return path
-    if found:
-        print(f'{path} is damaged or another file (SHA-256 {found[:12]}..., not {sha256[:12]}...): fetching it anew.')
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = path + '.part'
-    while True:
-        had = os.path.getsize(part) if os.path.exists(part) else 0
-        try:
-            digest = download(url, part)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            if had and getattr(error, 'code', None) == 416:  # the part is longer than the file
-                os.remove(part)
-            elif not os.path.exists(part) or os.path.getsize(part) <= had:
-                raise ConnectionError(f'Cannot fetch {os.path.basename(path)} ({error}). Without a network, get {url} '
-                                      f'elsewhere and put it at {path}.') from error
-    if digest != sha256:
-        os.remove(part)
-        raise ValueError(f'What came from {url} is not the file with SHA-256 {sha256}; it was removed.')
-    os.replace(part, path)
-    return path
-
-
-def download(url, part):
-    """Appends to `part` what it lacks of the file at url and returns the SHA-256 of the whole; OSError if the line breaks."""
-    digest, have = hashlib.sha256(), 0
-    if os.path.exists(part):
-        with open(part, 'rb') as file:
-            digest, have = digest_of(file), file.tell()
-    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        if response.status != 206:  # this server knows no ranges and sends the whole
-            digest, have = hashlib.sha256(), 0
-        total = have + int(response.headers.get('Content-Length') or 0)
-        with open(part, 'ab' if have else 'wb') as file:
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                have += len(block)
-                bar = '#' * (40 * have // max(total, have))
-                print(f'\r{os.path.basename(part)[:-5]} [{bar:40}] {have >> 20} MB', end='', file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-    if have < total:
-        raise ConnectionError(f'the connection broke after {have} of {total} bytes; a new run goes on from there')
-    return digest.hexdigest()
 
 
 # ---- files: read, never executed -------------------------------------------------------------------------------------------
@@ -461,25 +412,6 @@ def readable(class_name):
     """'ApplyEyeMakeup', 'brush_hair', 'Moving [something] up' -> words: 'Apply Eye Makeup', 'brush hair', without brackets."""
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_', ' ', class_name)
     return ' '.join(re.sub(r'[][{}<>]', '', name).split())
-
-
-@torch.no_grad()
-def zero_shot_weights(clip, tokenizer, class_names, templates):
-    """Class names and templates with a {} -> (N, embed_dim) unit text features: a class's mean over its templates.
-
-    ValueError: a CLIP without a text tower, a template without {}, a text too long.
-    """
-    if not clip.vocab_size:
-        raise ValueError('Zero-shot needs a text tower, and these CLIP weights hold the image tower alone.')
-    if wrong := [template for template in templates if '{}' not in template]:
-        raise ValueError(f'A template needs {{}} where the class name goes: {wrong[0]!r}.')
-    device = clip.positional_embedding.device
-    weights = []
-    for name in class_names:
-        texts = [template.replace('{}', readable(name)) for template in templates]
-        features = clip.encode_text(tokenizer(texts, clip.context_length).to(device))
-        weights.append(F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1))
-    return torch.stack(weights)
 
 
 def clean(text):

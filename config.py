@@ -1,146 +1,209 @@
-"""Every option, once, with its default. A script's configuration is DEFAULTS, then a sample config, then --key=value.
+"""Every common option, once, with its default. A script's configuration is these, its own options and those of the method,
+then a sample config, then --key=value.
 
     python train.py sample_configs/diving48.py --lr=1e-4 --out_dir=runs/fast
+    python train.py --help                       every option, with its default
 
-A sample config is a Python file that holds one `config = dict(...)` of plain values. It is read, never executed. Relative
-paths in it start at this repository, those on the command line at the current folder. The result is a plain dict.
+A sample config is a Python file that holds one `config = dict(...)` of plain values. It is read, never executed. A dict in it
+with the name of a method, `vba=dict(temp=50.0)`, holds while that method is chosen. Relative paths in it start at this
+repository, those on the command line at the current folder. The result is a plain dict.
 """
 
 import ast
 import difflib
+import importlib.util
 import os
+import re
 import sys
 
-DEFAULTS = dict(
-    # data
+DATA = dict(  # which videos, and where they are
     dataset='',                # the name printed beside every number
     data_root='data',          # the folder that holds the videos
     annotations=None,          # None: one folder per class in data_root; else list or JSON file(s), see README
     splits=None,               # dict(train=[class, ...], val=[...], test=[...]); fractions such as 0.6 draw classes by the seed
     prepare=None,              # a script of ours that makes the data when data_root does not exist
     fetch='',                  # what to get and where to put it: said when the data is not there
+    clip='ViT-B/32',           # CLIP weights: a name or a file
+    lower=False,               # where classes are few or small, lower way, shot and queries instead of stopping
+    strict=False,              # stop at the first video that cannot be read instead of replacing it
+)
+LOOK = dict(  # what the frozen CLIP sees of a video
     frames=8,                  # T, frames sampled per video
     resize=256,                # short side of a decoded frame; the crop is the backbone's image size
-    test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
+    image_size=None,           # side of the frames' crop; None: the weights' own, another interpolates their positions
+    norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
+    act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
+)
+TRAINING = dict(
+    method='vba',              # vba, a file of methods/ without .py, or the path of a file
     augment='crop',            # training clips: 'none' (centre crop), 'crop' (random resized), 'randaug' (and more)
     flip=True,                 # mirror half of the training clips; wrong where classes name a side or a turn
-    norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
-    workers=None,              # decoding processes; None: one a core, at most 16, shared out to torchrun's; 0: in the main one
     cache_frames=32,           # evenly spaced frames of a video kept for training to choose from (TSN within each part)
-    cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
-    cache_dir=None,            # a folder that keeps decoded frames between runs
-    lower=False,               # where classes are few or small, lower way, shot and queries instead of stopping
-    cache_prefix=0,            # N > 0: run N random draws of each training video through the frozen blocks once and for all
-    strict=False,              # stop at the first video that cannot be read instead of replacing it
-    sheet=None,                # data.py: write this PNG of training clips as the model sees them, instead of the check
-    # model
-    clip='ViT-B/32',           # CLIP weights: a name or a file
-    act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
-    image_size=None,           # side of the frames' crop; None: the weights' own, another interpolates their positions
-    levels=4,                  # S, last blocks whose outputs feed the aggregator
-    temporal_adapter=True,     # adapters in the kept blocks (thesis 3.2.2)
-    cls_token=False,           # the aggregator sees the class token too
-    cross_video='joint',       # attention across an episode's videos: 'joint' (transductive), 'inductive' or False
-    alpha_init='random',       # the temporal embedding's kernel at the start: 'random', or 'zero' as in the adapters
-    attn_proj=True,            # False: equation 3.15 to the letter, one head and no projections
-    mlp_order='serial',        # 'parallel': the MLP reads the same input as the attention, as 3.19 and 3.22 are printed
-    temp=100.0,                # Temp in (3.7)
-    loss='class',              # 'pairwise': (3.8), (3.9) over all pairs
-    # training
+    cache_prefix=0,            # N > 0: run N random draws of each training video through the frozen CLIP once and for all
     way=5,                     # N, classes of an episode
     shot=5,                    # K, supports per class in training
     queries=5,                 # queries per class in training
     meta_batch=3,              # episodes a step, shared out where torchrun starts several processes
-    micro_batch=0,             # episodes that a process computes at a time, adding up gradients; 0: all its share at once
-    recompute=False,           # compute adapted blocks again in backward: less memory, slower
     max_iters=1000,            # steps
     lr=3e-5,                   # AdamW's learning rate
     weight_decay=0.02,         # AdamW's weight decay
     warmup_iters=0,            # steps over which the rate rises from 0
     decay='constant',          # then: 'constant', or 'cosine' to 0 at max_iters
     grad_clip=1.0,             # largest norm of the gradient; 0: no clipping
-    eval_interval=200,         # steps between validations
     val_episodes=200,          # episodes of a validation, the same each time, 5-way 1-shot
-    log_interval=10,           # steps between log lines
     seed=42,                   # of everything that is random
-    deterministic=False,       # bit-equal runs on CUDA, slower
-    device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu'; 'auto': CUDA where there is one
-    dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32'; a CPU computes in float32
-    compile='auto',            # torch.compile: True, False; 'auto': on CUDA
-    frozen_dtype='float32',    # of the weights before the first adapter: 'bfloat16' or 'float16' where the hardware has it
-    out_dir=None,              # checkpoints, log and results; None: runs/<dataset>
-    resume=False,              # go on from out_dir's last checkpoint
-    # testing
-    ckpt=None,                 # a checkpoint; eval.py also takes several, a list or a pattern; None: training-free
+)
+TESTING = dict(
     test_split='test',         # the split whose classes are tested
+    test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
     test_ways=None,            # ways to test, for example [5, 10]; None: way
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
-    episodes_file=None,        # the test's episodes: read from this file if it is there, else written into it
-    features_gb=8.0,           # memory for the test videos' features; more go into a file in out_dir, which stays there
-    features_dir=None,         # a folder that keeps the features between tests (with torchrun they are all in memory)
-    attention=None,            # a clip to draw: its frames above each level's attention, and its scores
-    probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
-    templates=['a video of {}.'],  # texts about a class name for clip-zero-shot; their features are averaged
-    # predict.py
-    support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
-    query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
-    top=1,                     # classes printed for each query, best first
-    json=False,                # print one JSON object a line instead
-    save_support=None,         # a file to keep the encoded examples in
-    window=0.0,                # seconds of a window that slides over each query; 0: one label for the whole clip
-    stride=1.0,                # seconds from one window to the next
-    csv=None,                  # a file for the scores of every window
+    templates=['a video of {}.'],  # texts about a class name for zero_shot; their features are averaged
 )
+MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does not bring them
+    device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu'; 'auto': CUDA where there is one
+    dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32' (auto on a CPU)
+    frozen_dtype='float32',    # of the frozen weights: 'bfloat16' or 'float16' where the hardware has it
+    compile='auto',            # torch.compile: True, False; 'auto': on CUDA
+    deterministic=False,       # bit-equal runs on CUDA, slower
+    micro_batch=0,             # episodes that a process computes at a time, adding up gradients; 0: all its share at once
+    workers=None,              # decoding processes; None: one a core, at most 16, shared out to torchrun's; 0: in the main one
+    cache_gb=4.0,              # memory for decoded frames, all workers together; 0 decodes anew each time
+    cache_dir=None,            # a folder that keeps decoded frames between runs
+    features_gb=8.0,           # memory for what is kept of the videos of a split; more goes into a file in out_dir
+    features_dir=None,         # a folder that keeps it between runs
+    eval_interval=200,         # steps between validations
+    log_interval=10,           # steps between log lines
+    out_dir=None,              # checkpoints, log and results; None: runs/<dataset>_<method>
+    resume=False,              # go on from out_dir's last checkpoint
+)
+DEFAULTS = DATA | LOOK | TRAINING | TESTING | MACHINE
 
 CHOICES = dict(
     test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
-    act=(None, 'quick_gelu', 'gelu'), cross_video=('joint', 'inductive', False), mlp_order=('serial', 'parallel'),
-    alpha_init=('random', 'zero'),
-    loss=('class', 'pairwise'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
-    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False),
-    frozen_dtype=('float32', 'bfloat16', 'float16'), test_split=('train', 'val', 'test'),
+    act=(None, 'quick_gelu', 'gelu'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
+    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'),
+    test_split=('train', 'val', 'test'),
 )
-TYPES = dict(attention=str, annotations=(str, list), episodes_file=str, features_dir=str, test_ways=list, image_size=int,
-             splits=dict, prepare=str, sheet=str, cache_dir=str, workers=int, out_dir=str,
-             ckpt=(str, list), support=str, query=(str, list), save_support=str, csv=str)  # besides None
-POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'levels', 'temp', 'way', 'shot', 'queries', 'meta_batch',
-            'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride')
+TYPES = dict(annotations=(str, list), ckpt=(str, list), query=(str, list), splits=dict, test_ways=list, image_size=int,
+             workers=int)  # besides None; other options that are None are texts
+POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
+            'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed')
-PATHS = ('attention', 'data_root', 'annotations', 'prepare', 'cache_dir', 'sheet', 'out_dir', 'ckpt', 'support', 'query',
-         'save_support', 'csv', 'episodes_file', 'features_dir')
-MODEL_OPTIONS = ('act', 'image_size', 'levels', 'temporal_adapter', 'cls_token', 'cross_video', 'alpha_init', 'attn_proj',
-                 'mlp_order', 'frames', 'norm', 'temp', 'resize')  # a checkpoint brings them with it
+                'seed', 'window')
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
+         'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-def load_config(argv, base=DEFAULTS):
-    """['sample.py', '--key=value', ...] -> the whole configuration, checked: `base`, the file if one is named, the options.
+def methods():
+    """The names that `method` knows besides paths."""
+    return ['vba', *sorted(file[:-3] for file in os.listdir(os.path.join(ROOT, 'methods')) if file.endswith('.py'))]
 
-    Stops with one sentence at an unknown key, a wrong type or an impossible value.
+
+def name_of(method):
+    """A method's name: that of its file, without folder and .py."""
+    return os.path.basename(method).removesuffix('.py')
+
+
+def find_method(method):
+    """'vba', the name of a file in methods/, or the path of a file -> its class and the file. Stops where there is none."""
+    if method == 'vba':
+        import model
+        return model.VBA, model.__file__
+    path = method if method.endswith('.py') else os.path.join(ROOT, 'methods', f'{method}.py')
+    if not os.path.isfile(path):
+        sys.exit(f'There is no method {method!r}; there are {", ".join(methods())}, and the path of a file such as my_idea.py.')
+    spec = importlib.util.spec_from_file_location(name_of(method), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'Method'):
+        sys.exit(f'{path} defines no class Method.')
+    return module.Method, path
+
+
+def load_config(argv, own=None, saved=None, script=None):
+    """['sample.py', '--key=value', ...] -> the whole configuration, checked: DEFAULTS, `own` (options of the script alone),
+    those of the method, `saved` (a checkpoint's), the sample config if one is named, the command line; what is later wins.
+
+    At --help it prints every option, after the docstring of `script`, a module, else of the main one, and ends. Stops with one
+    sentence at an unknown key, a wrong type or an impossible value.
     """
-    config = dict(base)
+    script = script or sys.modules['__main__']
+    if not argv:
+        sys.exit(f'{script.__doc__}\n--help prints every option.')
+    sample, given = parse(argv)
+    layers = [(read_sample(sample), ROOT, sample)] if sample else []
+    layers.append((given, os.getcwd(), 'command line'))
+    defaults = {**DEFAULTS, **(own or {})}
+    name = (saved or defaults)['method']
+    for settings, folder, source in layers:
+        name = checked('method', settings.get('method', name), '', {}, folder, source)
+    method, file = find_method(name)
+    options, choices = getattr(method, 'options', {}), CHOICES | getattr(method, 'choices', {})
+    if '--help' in argv:
+        print(script.__doc__)
+        print_options('of this script', own or {}, script.__file__)
+        print_options(f'of the method {name_of(name)}', options, file)
+        for title, section in dict(data=DATA, look=LOOK, training=TRAINING, test=TESTING, machine=MACHINE).items():
+            print_options(title, {key: section[key] for key in section if key not in (own or {}) | options}, __file__)
+        sys.exit()
+    defaults.update(options)
+    config = {**defaults, **(saved or {})}
+    for settings, folder, source in layers:
+        for key, value in unfold(settings, defaults, name_of(name)).items():
+            if key not in defaults:
+                near = difflib.get_close_matches(key, defaults, 1)
+                sys.exit(f'{source}: there is no option {key!r} with method={name_of(name)}'
+                         + (f'; did you mean {near[0]!r}?' if near else '.'))
+            config[key] = checked(key, value, defaults[key], choices, folder, source)
+    config['method'] = name
+    if config['out_dir'] is None:
+        config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
+    return config
+
+
+def parse(argv):
+    """Arguments -> the sample config's path or None, and {key: value}."""
     files = [arg for arg in argv if not arg.startswith('--')]
     if len(files) > 1:
         sys.exit(f'Expected one sample config, got {len(files)}: {" ".join(files)}. Options are written --key=value.')
-    for path in files:
-        for key, value in read_sample(path).items():
-            set_option(config, key, value, ROOT, path)
+    given = {}
     for arg in argv:
-        if arg.startswith('--'):
-            key, equals, text = arg[2:].partition('=')
-            if not equals:
-                sys.exit(f'{arg}: options are written --key=value, for example --{key or "lr"}=1.')
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
-            set_option(config, key, value, os.getcwd(), 'command line')
-    if config['out_dir'] is None:
-        config['out_dir'] = os.path.join(ROOT, 'runs', config['dataset'] or 'unnamed')
-    return config
+        if arg in files or arg == '--help':
+            continue
+        key, equals, text = arg[2:].partition('=')
+        if not equals:
+            sys.exit(f'{arg}: options are written --key=value, for example --{key or "lr"}=1; --help prints them all.')
+        try:
+            given[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            given[key] = text
+    return files[0] if files else None, given
+
+
+def unfold(settings, defaults, method):
+    """Settings with the options of the chosen method in the place of the dicts of methods."""
+    flat = {}
+    for key, value in settings.items():
+        if key == method and isinstance(value, dict):
+            flat.update(value)
+        elif key in defaults or key not in methods() or not isinstance(value, dict):
+            flat[key] = value
+    return flat
+
+
+def print_options(title, section, file):
+    """A section's options as they stand in a file, with their comments."""
+    if not section:
+        return
+    with open(file, encoding='utf-8') as source:
+        comments = dict(re.findall(r'^ +(\w+)=.*?,  +# (.*)$', source.read(), re.M))
+    print(f'\nOptions, {title}:')
+    for key, value in section.items():
+        print(f'  --{key + "=" + str(value):26} {comments.get(key, "")}')
 
 
 def read_sample(path):
@@ -171,19 +234,15 @@ def plain_value(node, path):
                  f'not {ast.unparse(node)}.')
 
 
-def set_option(config, key, value, folder, source):
-    """Checks one value and sets it; relative paths start at `folder`."""
-    if key not in DEFAULTS:
-        near = difflib.get_close_matches(key, DEFAULTS, 1)
-        sys.exit(f'{source}: there is no option {key!r}' + (f'; did you mean {near[0]!r}?' if near else '.'))
-    default = DEFAULTS[key]
+def checked(key, value, default, choices, folder, source):
+    """One value, of the type of its default or one of its choices -> the same; relative paths start at `folder`."""
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if key in CHOICES:
-        if not any(value == c and type(value) is type(c) for c in CHOICES[key]):
-            sys.exit(f'{source}: {key}={value!r} must be one of {", ".join(map(repr, CHOICES[key]))}.')
-    elif key in TYPES:
-        if value is not None and not isinstance(value, TYPES[key]):
+    if key in choices:
+        if not any(value == c and type(value) is type(c) for c in choices[key]):
+            sys.exit(f'{source}: {key}={value!r} must be one of {", ".join(map(repr, choices[key]))}.')
+    elif default is None or key in TYPES:
+        if value is not None and not isinstance(value, TYPES.get(key, str)):
             sys.exit(f'{source}: {key}={value!r} is of the wrong type, {type(value).__name__}.')
     elif type(value) is not type(default):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
@@ -198,19 +257,24 @@ def set_option(config, key, value, folder, source):
     if key in PATHS and value is not None:
         value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
                  else os.path.join(folder, os.path.expanduser(value)))
-    elif key == 'clip' and os.path.isfile(os.path.join(folder, value)):
-        value = os.path.join(folder, value)
-    config[key] = value
+    elif (key == 'clip' and os.path.isfile(os.path.join(folder, value))) or (key == 'method' and value.endswith('.py')):
+        value = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+    return value
 
 
-def resolve_device(config):
-    """The device and autocast dtype that 'auto' stands for: ('cuda' or 'cpu', torch.dtype). A CPU computes in float32."""
+def resolve(config):
+    """Puts what 'auto' stands for into `device` and `dtype`. Stops where there is no such device."""
     import torch
-    device = config['device']
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available():
-        sys.exit(f'--device={device}: PyTorch sees no CUDA device here; use --device=cpu.')
-    if device == 'cpu':
-        return device, torch.float32
-    return device, getattr(torch, 'float16' if config['dtype'] == 'auto' else config['dtype'])
+    if config['device'] == 'auto':
+        config['device'] = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if config['device'] == 'cuda' and not torch.cuda.is_available():
+        sys.exit('--device=cuda: PyTorch sees no CUDA device here; use --device=cpu.')
+    if config['dtype'] == 'auto':
+        config['dtype'] = 'float16' if config['device'] == 'cuda' else 'float32'
+
+
+def amp(config):
+    """A new autocast context in config['dtype']; one that is entered twice is never left."""
+    import torch
+    device = config['device'].partition(':')[0]
+    return torch.autocast(device, getattr(torch, config['dtype']), enabled=config['dtype'] != 'float32')

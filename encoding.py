@@ -1,64 +1,121 @@
-"""From videos to what the aggregator needs of them, each video read and encoded once. In reading order:
+"""From videos to what is kept of them: each is read and encoded once. In reading order:
 
-    frozen_parts, encode_frozen    what the frozen part of a model makes of a split
-    encode                         that -> Q*_0 and the tokens of the other levels
-    encode_split                   both for a test, kept in memory or in a file
+    videos             what a method keeps of videos, from what CLIP shows of them
+    keep               anything made of what CLIP shows, for all videos of a split, in memory or in a file
+    keep_seen          what CLIP shows itself
+    columns, on_gpu    where that lies
 """
 
 import dataclasses
 import hashlib
-import io
-import itertools
 import json
+import math
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import clip_loader
 import ranks
-from config import MODEL_OPTIONS, resolve_device
+from checkpoint import fingerprint
+from config import amp
+from data import Split
 from decode import stamp
-from model import trainable_state
+from model import bring, look
 
-ENCODE_VIDEOS = 16  # videos encoded at a time
-PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries of a test may be given
+BLOCK = 16  # videos encoded at a time
+DONE, UNREADABLE = 1, 2  # states of a video in a file of what is kept; 0: not yet
+
+
+class Kept(NamedTuple):
+    """What is kept of a split's videos."""
+    split: Split  # the split without the videos that could not be read
+    rows: np.ndarray  # where in `tensors` each of these lies
+    tensors: list  # (V, ...), a row for each video of the whole split
 
 
 @torch.no_grad()
-def frozen_parts(model, split, reader, device, autocast, draw=None, first=0, head=True):
-    """Runs the frozen part of the model over this rank's share of a split's videos from index `first` on.
+def videos(config, method, seen):
+    """What `method.video` gives of videos: tensors of `look` (V, T, ...) -> tensors (V, ...), where `seen` lies; one number or
+    one vector a video in float32, more in half precision."""
+    parts = []
+    for chunk in zip(*(x.split(BLOCK) for x in seen)):
+        with amp(config):
+            kept = method.video(*bring(chunk, config['device']))
+        parts.append([stored(x).to(seen[0].device) for x in kept])
+    return [torch.cat(columns) for columns in zip(*parts)]
 
-    Yields, of some at a time that could be read, their indices, what VBA.frozen gives (n, T, *, D), and `pooled` (n, embed_dim)
-    float32: the unit-length mean over frames of plain CLIP's features, None where head=False. draw: None for test frames; a
-    number for that random draw of frames, crop and flip.
+
+def stored(x):
+    """Videos' (V, ...) as it is kept."""
+    if not x.is_floating_point():
+        return x
+    return x.float() if x.ndim <= 2 else x.half()
+
+
+@torch.no_grad()
+def keep(config, clip, split, reader, sees, make, about, draw=None):
+    """Reads each video of a split and keeps what `make` gives for it -> Kept.
+
+    sees: as for `look`; make: what it shows, a list of (n, T, ...) -> what is kept, a list of tensors (n, ...); about: plain
+    values that are others as soon as `make` is, for the name of the file; draw: None for test frames, a number for that random
+    draw of frames, crop and flip. It lies in memory if it fits into features_gb, else in a file in out_dir, or in features_dir
+    if that is given; the processes of a machine share one file, each writes its part, and an interrupted run goes on.
     """
-    (rank, world), count = ranks.rank_of(), len(split.videos)
-    size = max(1, min(ENCODE_VIDEOS, count // world))
-    jobs = [np.arange(i, min(i + size, count)) for i in range(first, count, size)]
-    begin, end = len(jobs) * rank // world, len(jobs) * (rank + 1) // world
-    clips, jobs = reader.stream(split, jobs[begin:end], draw is not None, (draw or 0) * len(jobs) + begin), jobs[begin:end]
-    for frames, indices in ranks.progress(clips, f'encoding {split.name} videos', len(jobs), unit_scale=size, unit='video'):
-        if len(indices):
-            with autocast:
-                parts, features = model.frozen(frames.to(device, non_blocking=True), head)
-            yield indices, parts, F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1) if head else None
+    began, count = time.time(), len(split.videos)
+    black = torch.zeros(1, config['frames'], 3, *2 * [clip.visual.image_size], dtype=torch.uint8, device=config['device'])
+    with amp(config):
+        seen = look(clip.visual, black, sees)
+    specs = [(x.shape[1:], x.cpu().numpy().dtype) for x in make(seen)]
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)  # of a video
+    rank, world = ranks.local()
+    stays = bool(config['features_dir']) or count * size > config['features_gb'] * 1e9
+    path = None
+    if stays or world > 1:
+        path = os.path.join(config['features_dir'] or config['out_dir'], name_for(split, sees, about, draw, config))
+    with ranks.rank_0_first():
+        state, *found = columns(path, count, [((), np.dtype(np.uint8)), *specs])
+
+    blocks = [np.arange(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
+    blocks = [block for block in blocks if not state[block].all()]
+    ranks.barrier()  # all have seen what is left to do
+    own = blocks[rank::world]
+    if draw is None:
+        jobs = [(0, block) for block in own]
+    else:  # each video an episode of its own: if it cannot be read, any other of its class takes its place
+        jobs = [(draw * count + block[0], block[:, None]) for block in own]
+    clips = reader.stream(split, jobs, train=draw is not None)
+    for block, (frames, indices) in zip(own, ranks.progress(
+            clips, f'encoding {split.name} videos', len(own), unit_scale=BLOCK, unit='video')):
+        read = indices if draw is None else block
+        if len(read):
+            frames = frames.to(config['device'], non_blocking=True).flatten(0, -5)  # (n, T, 3, H, W)
+            with amp(config):
+                seen = look(clip.visual, frames, sees)
+            for column, x in zip(found, make(seen)):
+                column[read] = x.cpu().numpy()
+        state[block] = np.where(np.isin(block, read), DONE, UNREADABLE)
+    ranks.barrier()
+
+    rows = np.flatnonzero(state == DONE)
+    if not len(rows):
+        sys.exit(f'None of the {count} {split.name} videos could be read.')
+    where = f'in {path}' if stays else 'in memory'
+    if path and not stays and rank == 0:
+        os.remove(path)  # it lives on where it is mapped
+    tensors = [torch.from_numpy(column) for column in found]
+    if on_gpu(config, size * count):
+        tensors, where = [x.to(config['device']) for x in tensors], 'on the GPU'
+    print(f'encoded {sum(map(len, blocks))} of {count} {split.name} videos in {time.time() - began:.0f} s; '
+          f'{size:,} bytes a video, {where}', flush=True)
+    return Kept(subset(split, rows), rows, tensors)
 
 
-def encode_frozen(model, split, reader, device, autocast, draw=None):
-    """What `frozen_parts` gives of a whole split -> `videos`, the split without the videos that could not be read, and
-    `frozen`, tensors (V, T, *, D) in memory, not on the GPU, float16 from CUDA and in training, else float32."""
-    read, frozen = [], []
-    for indices, parts, _ in frozen_parts(model, split, reader, device, autocast, draw, head=False):
-        frozen.append([(x.half() if x.is_cuda or draw is not None else x.float()).cpu() for x in parts])
-        read.append(indices)
-    if not read:
-        sys.exit(f'None of {len(split.videos)} {split.name} videos could be read.')
-    read = ranks.gather_rows(torch.from_numpy(np.concatenate(read)))
-    return subset(split, read), [ranks.gather_rows(torch.cat(parts)) for parts in zip(*frozen)]
+def keep_seen(config, clip, split, reader, sees, draw=None):
+    """What CLIP shows of a split's videos, as `keep`."""
+    return keep(config, clip, split, reader, sees, lambda seen: [stored(x) for x in seen], fingerprint(config, clip), draw)
 
 
 def subset(split, indices):
@@ -66,112 +123,39 @@ def subset(split, indices):
     return dataclasses.replace(split, videos=[split.videos[i] for i in indices], labels=split.labels[indices])
 
 
-@torch.no_grad()
-def encode(model, frozen, autocast):
-    """`frozen` of encode_frozen -> what the aggregator needs of each video, whatever its episode.
-
-    Returns `start` (V, D), Q*_0; and `tokens`, S-1 tensors (V, T*L, D) for the other levels, of frozen's device and dtype.
-    Where no level looks at other videos the whole answer is the video's own: `start` is then Q_S and `tokens` is empty.
-    """
-    starts, tokens = [], []
-    for parts in zip(*(x.split(ENCODE_VIDEOS) for x in frozen)):
-        with autocast:
-            kept = model.tokens(model.kept(parts))
-            q = model.start(kept[0])
-            if not model.mode:
-                q, kept = model.aggregate(q[None], [k[None] for k in kept[1:]], len(q), False)[0], kept[:1]
-        starts.append(q.float())
-        tokens.append([k.to(parts[0]) for k in kept[1:]])
-    return torch.cat(starts), [torch.cat(level) for level in zip(*tokens)]
+def name_for(split, sees, about, draw, config):
+    """A file's name that is another as soon as anything is that its content depends on."""
+    augmented = [config[key] for key in ('augment', 'flip', 'cache_frames')] if draw is not None else None
+    text = json.dumps([about, sees, draw, augmented, bool(config['cache_dir']), [stamp(video) for video in split.videos]])
+    return f'features_{split.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}{ranks.machine()}.bin'
 
 
-def encode_split(config, clip, model, tested, split, reader, device, autocast):
-    """Reads and encodes each video of a split once, for the models `tested`, whose frozen part is that of `model` -> a dict:
-
-    videos (the split without those that could not be read), missing (how many could not), pooled (V, embed_dim), text
-    (classes, embed_dim) where CLIP can read the class names, and kept: for each model what `encode` gives, tokens in half
-    precision. With config['probe'] a video has 1 + len(PROBES) rows in `kept`, one after the other, else one.
-
-    Each row is a record in memory or, if features_gb is too little or features_dir is given, in a file that grows by whole
-    records: an interrupted run goes on from there, and the next one has nothing to encode.
-    """
-    began, (_, world), cuda = time.time(), ranks.rank_of(), torch.device(device).type == 'cuda'
-    dim, embed_dim = clip.visual.proj.shape
-    frames = list(range(config['frames']))
-    orders = [frames]
-    if tested and config['probe']:
-        shuffled = np.random.default_rng(config['seed']).permutation(len(frames)).tolist()
-        orders += [frames[::-1], [len(frames) // 2] * len(frames), shuffled]
-    levels = config['levels'] - 1 if config['cross_video'] else 0
-    length = len(frames) * (clip.visual.grid ** 2 + config['cls_token'])
-    record = np.dtype([('index', 'i4'), ('pooled', 'f4', (embed_dim,)), ('start', 'f4', (len(tested), dim)),
-                       ('tokens', 'f2', (len(tested), levels, length, dim))])
-    size = len(orders) * record.itemsize  # of a video
-    store, last = io.BytesIO(), -1
-    if world == 1 and (config['features_dir'] or len(split.videos) * size > config['features_gb'] * 1e9):
-        store, last = open_features(config, features_name(config, clip, tested, split), record, len(orders))
-    for indices, parts, pooled in frozen_parts(model, split, reader, device, autocast, first=last + 1):
-        rows = np.empty((len(indices), len(orders)), record)
-        rows['index'], rows['pooled'] = indices[:, None], pooled.cpu()[:, None]
-        for (o, order), (m, each) in itertools.product(enumerate(orders), enumerate(tested)):
-            start, tokens = encode(each, [x[:, order] for x in parts], autocast)
-            rows['start'][:, o, m] = start.cpu()
-            for i, level in enumerate(tokens):
-                rows['tokens'][:, o, m, i] = level.half().cpu()
-        try:
-            store.write(rows.tobytes())
-            store.flush()
-        except OSError as error:
-            sys.exit(f'Cannot write the features into {store.name}: {error.strerror}; --features_dir= names another folder.')
-
-    if isinstance(store, io.BytesIO):
-        own = torch.from_numpy(np.frombuffer(store.getbuffer(), np.uint8) if store.tell() else np.empty(0, np.uint8))
-        records, where = ranks.gather_rows(own).numpy().view(record), 'in memory'
+def columns(path, count, specs):
+    """Arrays (count, *shape) for each (shape, dtype) of specs, one after another in one file, or in memory if path is None:
+    zeros, or what an earlier run left there. Stops with one sentence where the disk has no room."""
+    sizes = [-(-count * math.prod(shape) * dtype.itemsize // 64) * 64 for shape, dtype in specs]
+    if path is None:
+        whole = np.zeros(sum(sizes), np.uint8)
     else:
-        store.close()
-        where = store.name
-        records = np.memmap(where, record, 'c') if os.path.getsize(where) else np.empty(0, record)
-    read = records['index'][::len(orders)]
-    if not len(read):
-        sys.exit(f'None of the {len(split.videos)} {split.name} videos could be read.')
-    if (np.diff(read) <= 0).any():
-        sys.exit(f'{where} was written by two runs at once: delete it.')
-    kept = [(torch.from_numpy(records['start'][:, m]).to(device),
-             [torch.from_numpy(records['tokens'][:, m, i]) for i in range(levels)]) for m in range(len(tested))]
-    if cuda and records.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        kept, where = [(start, [level.to(device) for level in tokens]) for start, tokens in kept], 'on the GPU'
-    print(f'encoded {len(split.videos) - last - 1} of {len(split.videos)} {split.name} videos in {time.time() - began:.0f} s; '
-          f'features: {size:,} bytes a video, {where}', flush=True)
-    encoded = dict(videos=subset(split, read), missing=len(split.videos) - len(read), kept=kept,
-                   pooled=torch.from_numpy(records['pooled'][::len(orders)]).to(device))
-    if clip.vocab_size:
         try:
-            encoded['text'] = clip_loader.zero_shot_weights(
-                clip, clip_loader.tokenizer_of(clip), split.classes, config['templates']).to(device)
-        except (OSError, ValueError) as error:
-            print(f'no clip-zero-shot row: {error}')
-    return encoded
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'ab') as file:
+                if file.tell() != sum(sizes):  # new, or not whole
+                    file.truncate(0)
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(file.fileno(), 0, sum(sizes))  # a full disk is told now, not by a signal later
+                file.truncate(sum(sizes))
+            whole = np.memmap(path, np.uint8, 'r+')
+        except OSError as error:
+            sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
+    arrays, first = [], 0
+    for (shape, dtype), size in zip(specs, sizes):
+        length = count * math.prod(shape) * dtype.itemsize
+        arrays.append(whole[first:first + length].view(dtype).reshape(count, *shape))
+        first += size
+    return arrays
 
 
-def features_name(config, clip, tested, split):
-    """A name that is another as soon as anything is that the features depend on."""
-    about = [clip.weights_hash, clip.act, clip.visual.image_size, str(resolve_device(config)[1]), bool(config['cache_dir']),
-             [config[key] for key in (*MODEL_OPTIONS, 'frozen_dtype', 'test_sampling', 'seed', 'probe')],
-             [stamp(video) for video in split.videos]]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for model in tested:
-        for name, value in trainable_state(model).items():
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return f'features_{split.name}_{digest.hexdigest()[:16]}.bin'
-
-
-def open_features(config, name, record, orders):
-    """-> a file of records to append to, without half a video at its end, and the index of the last video in it, or -1."""
-    path = os.path.join(config['features_dir'] or config['out_dir'], name)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path, 'ab')
-    except OSError as error:
-        sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
-    file.truncate(file.tell() // (orders * record.itemsize) * (orders * record.itemsize))
-    return file, int(np.memmap(path, record, 'r')['index'][-1]) if os.path.getsize(path) else -1
+def on_gpu(config, size):
+    """Whether that many bytes may stay on the GPU: half of what is free there."""
+    return config['device'] != 'cpu' and size < 0.5 * torch.cuda.mem_get_info(config['device'])[0]

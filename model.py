@@ -1,16 +1,32 @@
 """The network. In reading order:
 
     Attention, MLP, Block, Transformer     the parts of CLIP, with OpenAI's parameter names
-    ViT                                    CLIP's image tower (thesis 3.2)
+    ViT, look                              CLIP's image tower (thesis 3.2), and what it shows of a video while it is frozen
+    Episode, Step                          which videos meet; what trains: from what CLIP shows to loss and scores
     TemporalAdapter                        depthwise convolution over time in a bottleneck (Fig. 3.8)
-    Level, VBA                             the Video Bypass Aggregator beside the frozen tower (3.3, equations 3.14-3.23)
-    log_scores, class_scores, episode_loss from video features to predictions and loss (3.1.2, equations 3.6-3.11)
+    Level, VBA                             the Video Bypass Aggregator beside the frozen tower (3.1.2, 3.3, equations 3.6-3.23)
 
-Letters in shape comments: E episodes in a batch, B videos of an episode (supports first), T frames, L tokens of a frame,
-D width of the ViT, S levels (last blocks whose outputs are kept), N ways, K shots, M queries.
+VBA is one method, and methods/ holds others. A method is an nn.Module with
+
+    sees                        what it needs of the frozen CLIP, as `look` takes it
+    options, choices            its own options with their defaults, and what those may be, as in config.py
+    text, transductive          whether it reads class names; whether queries of an episode may see each other
+    __init__(clip, names, config)          names: the training classes
+    video(*seen)                what is kept of V videos, each alone: a tuple of (V, ...)
+    scores(kept, episode)       logits (E, M, N), higher is better
+    loss(kept, episode)         a scalar, and the scores; without it their cross-entropy
+    groups(lr)                  AdamW's parameter groups; without it one of all that trains
+
+of which sees, __init__, video and scores are all it needs.
+
+Letters in shape comments: E episodes in a batch, B videos of an episode (supports first), V videos, T frames, L tokens of a
+frame, D width of the ViT, N ways, K shots, M queries; S supports of an episode, and in VBA levels (last blocks whose outputs
+are kept).
 """
 
+import copy
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +168,7 @@ class ViT(nn.Module):
 
     def __init__(self, image_size, patch_size, width, layers, output_dim, act='quick_gelu'):
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.norm = image_size, 'clip'
         self.grid = image_size // patch_size  # patches on a side; L = grid^2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
@@ -161,6 +177,11 @@ class ViT(nn.Module):
         self.transformer = Transformer(width, layers, act)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width ** -0.5)
+
+    def normalise(self, frames):
+        """Pixels (..., 3, H, W) uint8 -> float, in the dtype that the first product takes."""
+        mean, std = torch.tensor(NORMS[self.norm], device=frames.device).view(2, 3, 1, 1)
+        return ((frames / 255 - mean) / std).to(dtype_beside(self.conv1.weight))
 
     def embed(self, images):
         """Normalised images (B, 3, H, W) -> tokens (B, 1+L, D), the class token first."""
@@ -177,6 +198,91 @@ class ViT(nn.Module):
     def forward(self, images):
         """Normalised images (B, 3, H, W) -> image features (B, output_dim)."""
         return self.head(self.transformer(self.embed(images)))
+
+
+@torch.no_grad()
+def look(visual, frames, sees):
+    """What the frozen image tower shows of videos: frames (V, T, 3, H, W) uint8 -> for each of `sees` a tensor:
+
+    'pixels': the frames; 'image': CLIP's image features (V, T, embed_dim); a number m: the tokens after m blocks, the class
+    token first, (V, T, 1+L, D).
+    """
+    blocks, pixels = visual.transformer.resblocks, frames.flatten(0, 1)
+    depth = len(blocks) if 'image' in sees else max((m for m in sees if m != 'pixels'), default=0)
+    shown = []
+    for chunk in pixels.split(CPU_CHUNK if pixels.device.type == 'cpu' else len(pixels)):
+        images = visual.normalise(chunk)
+        x = visual.embed(images).to(images)  # (chunk, 1+L, D)
+        found = {'pixels': chunk, 0: x}
+        for m, block in enumerate(blocks[:depth], 1):
+            x = block(x)
+            if m in sees:
+                found[m] = x
+        if 'image' in sees:
+            found['image'] = visual.head(x)
+        shown.append([found[what] for what in sees])
+    return [torch.cat(parts).unflatten(0, frames.shape[:2]) for parts in zip(*shown)]
+
+
+def bring(seen, device):
+    """Tensors of `look`, wherever they waited, on the device and in autocast's dtype or float32; pixels stay bytes."""
+    kind = torch.device(device).type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return [x.to(device, x.dtype if x.dtype == torch.uint8 else dtype) for x in seen]
+
+
+class Episode(NamedTuple):
+    """Which videos meet: E episodes at a time, each of B videos, S supports and then M queries."""
+    labels: torch.Tensor  # (S,) int64, the way 0..N-1 of each support; ways may have unequal numbers
+    classes: torch.Tensor  # (E, N) int64, which of `names` the ways are
+    names: list  # class names
+    joint: bool = True  # may queries see each other?
+    answers: torch.Tensor | None = None  # (E, M) int64, the way of each query; in training alone
+    index: torch.Tensor | None = None  # (E, B) int64, rows of what is kept; None, in training: as they lie, E times B of them
+
+    def take(self, x):
+        """What is kept of videos (V, ...) -> of the episodes' videos (E, B, ...): in training a view; else a copy, on the
+        device, half precision turned to float32."""
+        if self.index is None:
+            return x.unflatten(0, (len(self.classes), -1))
+        return x[self.index.to(x.device)].to(self.index.device, torch.float32)
+
+    def split(self, x):
+        """(E, B, ...) -> supports (E, S, ...), queries (E, M, ...)."""
+        return x[:, :len(self.labels)], x[:, len(self.labels):]
+
+    def by_class(self, x):
+        """Supports (E, S, ...) -> the mean of each way's (E, N, ...), in float32 whatever autocast does."""
+        members = F.one_hot(self.labels, self.classes.shape[1]).float()  # (S, N)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum('es...,sn->en...', x.float(), members / members.sum(0))
+
+
+def cosine(x, y):
+    """x (..., M, D), y (..., N, D) -> cosines (..., M, N), in float32 whatever autocast does."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).transpose(-2, -1)
+
+
+def cross_entropy(scores, answers):
+    """Logits (E, M, N) and ways (E, M) -> their mean negative log-likelihood."""
+    return F.cross_entropy(scores.float().flatten(0, 1), answers.flatten())
+
+
+class Step(nn.Module):
+    """What trains of a step: all that DistributedDataParallel and torch.compile wrap."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, seen, episode):
+        """What `look` shows of E*B videos, episode after episode; Episode -> loss, scores (E, M, N)."""
+        kept = self.method.video(*bring(seen, episode.labels.device))
+        if hasattr(self.method, 'loss'):
+            return self.method.loss(kept, episode)
+        scores = self.method.scores(kept, episode)
+        return cross_entropy(scores, episode.answers), scores
 
 
 class TemporalAdapter(nn.Module):
@@ -225,7 +331,10 @@ class Level(nn.Module):
         return F.layer_norm(a, a.shape[-1:]).to(a).flatten(-3, -2)
 
     def cross_frame(self, q, tokens, index=None):
-        """Q_i (..., D), tokens (..., T*L, D) -> Q*_i (..., D): (3.15)-(3.19). index as in VBA.aggregate."""
+        """Q_i (..., D), tokens (..., T*L, D) -> Q*_i (..., D): (3.15)-(3.19).
+
+        index (E, B), in testing: the tokens are those of all videos, (V, T*L, D), and index says whose.
+        """
         h = self.ln_frame(q)
         if index is None:
             h = self.frame_attn.folded(h, tokens, self.ln_tokens)
@@ -244,20 +353,38 @@ class Level(nn.Module):
 
 
 class VBA(nn.Module):
-    """The Video Bypass Aggregator beside a frozen ViT. Only what is not `visual` trains."""
+    """The Video Bypass Aggregator beside a frozen ViT."""
 
-    def __init__(self, visual, config):
-        """visual: a ViT (frozen here); config: `levels`, `temporal_adapter`, `cls_token`, `cross_video`, `attn_proj`,
-        `mlp_order`, `alpha_init`, `frames`, `norm`, `recompute`, `frozen_dtype` as in config.py."""
+    options = dict(
+        levels=4,               # last blocks whose outputs feed the aggregator
+        temporal_adapter=True,  # adapters in these blocks (thesis 3.2.2)
+        cls_token=False,        # the aggregator sees the class token too
+        cross_video='joint',    # attention across an episode's videos: 'joint' (transductive), 'inductive' or False
+        alpha_init='random',    # the temporal embedding's kernel at the start: 'random', or 'zero' as in the adapters
+        attn_proj=True,         # False: equation 3.15 to the letter, one head and no projections
+        mlp_order='serial',     # 'parallel': the MLP reads the same input as the attention, as 3.19 and 3.22 are printed
+        temp=100.0,             # Temp in (3.7)
+        loss='class',           # 'pairwise': (3.8), (3.9) over all pairs
+        recompute=False,        # compute adapted blocks again in backward: less memory, slower
+    )
+    choices = dict(cross_video=('joint', 'inductive', False), alpha_init=('random', 'zero'), mlp_order=('serial', 'parallel'),
+                   loss=('class', 'pairwise'))
+
+    def __init__(self, clip, names, config):
+        """clip: its image tower is `visual`; config: `options` and `frames`. ValueError: a tower that is not that deep."""
         super().__init__()
-        dim = visual.proj.shape[0]
-        self.visual = visual.requires_grad_(False)
+        dim, blocks, levels = clip.visual.proj.shape[0], clip.visual.transformer.resblocks, config['levels']
+        if not 0 < levels <= len(blocks):
+            raise ValueError(f'levels={levels}, but the image tower has {len(blocks)} blocks.')
+        before = len(blocks) - levels
+        self.sees = (before,) if config['temporal_adapter'] else tuple(range(before + 1, len(blocks) + 1))
+        self.transductive = config['cross_video'] == 'joint'
+        self.cross_video, self.pairwise = bool(config['cross_video']), config['loss'] == 'pairwise'
         self.first = 0 if config['cls_token'] else 1  # the first token that the aggregator sees
-        self.mode, self.recompute = config['cross_video'], config['recompute']
+        self.temp, self.recompute = config['temp'], config['recompute']
         self.query = nn.Parameter(torch.randn(1, dim))  # Q_0
-        self.adapters = nn.ModuleList(
-            TemporalAdapter(dim) for _ in range(config['levels'] if config['temporal_adapter'] else 0))
-        self.levels = nn.ModuleList(Level(dim, config) for _ in range(config['levels']))
+        self.adapters = nn.ModuleList(TemporalAdapter(dim) for _ in range(levels if config['temporal_adapter'] else 0))
+        self.levels = nn.ModuleList(Level(dim, config) for _ in range(levels))
         branches = [module for name, module in self.levels.named_modules() if name.endswith(('attn.out_proj', 'mlp.c_proj'))]
         for branch in branches:
             # As in GPT-2. Q_0 then outweighs what the branches add: cosines start near 1 and the loss near log N. Where videos
@@ -265,93 +392,65 @@ class VBA(nn.Module):
             # down is to make all videos the same, from where no gradient leads back.
             if branch.weight.requires_grad:
                 branch.weight.data *= len(branches) ** -0.5
-        blocks = visual.transformer.resblocks
-        for part in (visual.conv1, visual.ln_pre, *blocks[:-len(self.levels)]) if self.adapters else [visual]:
-            part.to(getattr(torch, config['frozen_dtype']))
-        mean, std = torch.tensor(NORMS[config['norm']])
-        self.register_buffer('mean', mean.view(3, 1, 1), persistent=False)
-        self.register_buffer('std', std.view(3, 1, 1), persistent=False)
+        # copies, frozen: gradients pass through them to the adapters, while the tower may be in half precision
+        self.blocks = copy.deepcopy(blocks[before:]).float().requires_grad_(False) if self.adapters else []
 
-    def normalise(self, frames):
-        """Pixels (..., 3, H, W) uint8 -> float, in the dtype that the first product takes."""
-        return ((frames / 255 - self.mean) / self.std).to(dtype_beside(self.visual.conv1.weight))
-
-    @torch.no_grad()
-    def frozen(self, frames, head=False):
-        """All of the backbone that no trained part comes before: frames (..., T, 3, H, W) uint8 -> list of (..., T, *, D).
-
-        With adapters that is one tensor, the tokens (1+L) before the first kept block; without, A itself, S tensors of the
-        outputs (L) of the kept blocks. head=True also gives the plain CLIP's image features (..., T, embed_dim), else None.
-        """
-        pixels = frames.flatten(0, -4)
-        blocks, count = self.visual.transformer.resblocks, len(self.levels)
-        outputs, features = [], []
-        for chunk in pixels.split(CPU_CHUNK if pixels.device.type == 'cpu' else len(pixels)):
-            images = self.normalise(chunk)
-            x = self.visual.embed(images).to(images)  # (chunk, 1+L, D)
-            for block in blocks[:-count]:
-                x = block(x)
-            x = x.to(dtype_beside(blocks[-1].ln_1.weight))
-            kept = [x] if self.adapters else []
-            if head or not self.adapters:
-                for block in blocks[-count:]:
-                    x = block(x)
-                    if not self.adapters:
-                        kept.append(x[:, self.first:])
-            outputs.append(kept)
-            features.append(self.visual.head(x) if head else None)
-        outputs = [torch.cat(parts).unflatten(0, frames.shape[:-3]) for parts in zip(*outputs)]
-        return outputs, torch.cat(features).unflatten(0, frames.shape[:-3]) if head else None
-
-    def kept(self, frozen):
-        """The list that `frozen` gave -> A, a list of S tensors (..., T, L, D): the outputs of the last S blocks."""
-        frozen = [x.to(self.query.device, dtype_beside(self.query)) for x in frozen]
+    def kept(self, seen):
+        """What CLIP shows -> A, a list of S tensors (V, T, L, D): the outputs of the last S blocks."""
         if not self.adapters:
-            return frozen
-        shape = frozen[0].shape
+            return [x[:, :, self.first:] for x in seen]
 
         def adapted(x, adapter, block):
-            patches = x[:, 1:].unflatten(0, (-1, shape[-3]))  # (B, T, L, D)
-            return block(torch.cat([x[:, :1], (patches + adapter(patches)).flatten(0, 1)], 1))
+            patches = x[:, :, 1:]  # (V, T, L, D)
+            x = torch.cat([x[:, :, :1], patches + adapter(patches)], 2)
+            return block(x.flatten(0, 1)).view_as(x)  # a frame alone
 
-        x = frozen[0].flatten(0, -3)  # (B*T, 1+L, D)
-        outputs = []
-        for part in zip(self.adapters, self.visual.transformer.resblocks[-len(self.levels):]):
+        x, outputs = seen[0], []
+        for part in zip(self.adapters, self.blocks):
             x = checkpoint(adapted, x, *part, use_reentrant=False) if self.recompute else adapted(x, *part)
-            outputs.append(x[:, self.first:].unflatten(0, shape[:-2]))
+            outputs.append(x[:, :, self.first:])
         return outputs
 
-    def tokens(self, kept):
-        """A -> the aggregator's tokens, a list of S tensors (..., T*L, D). A video's tokens depend on that video alone."""
-        return [level.tokens(a) for level, a in zip(self.levels, kept)]
+    def video(self, *seen):
+        """Tokens (V, T, 1+L, D) -> Q*_0 (V, D), which all share Q_0 and so depends on the video alone, and the tokens of the
+        other levels (V, T*L, D). Without cross-video attention the whole answer does: then Q_S alone."""
+        q, later = self.query, []
+        for i, (level, a) in enumerate(zip(self.levels, self.kept(seen))):
+            tokens = level.tokens(a)
+            if i == 0 or not self.cross_video:
+                q = level.cross_frame(q.expand(len(tokens), -1), tokens)
+            else:
+                later.append(tokens)
+        return q, *later
 
-    def start(self, tokens):
-        """Tokens of level 0 (..., T*L, D) -> Q*_0 (..., D), which too depends on one video alone: all share Q_0."""
-        return self.levels[0].cross_frame(self.query.expand(*tokens.shape[:-2], -1), tokens)
-
-    def aggregate(self, q, tokens, n_support, mode, index=None):
-        """Episodes' Q*_0 (E, B, D) and tokens of levels 1.. (E, B, T*L, D) -> video features Q_S (E, B, D): (3.23).
-
-        mode: 'joint', every video of an episode sees every other; 'inductive', supports see supports and a query sees the
-        supports and itself; False, none sees another. The first n_support of the B videos are the supports.
-        index (E, B), in testing: tokens are those of all videos, (V, T*L, D), and index says whose.
-        """
-        mask = inductive_mask(q.shape[1], n_support, q.device) if mode == 'inductive' else None
+    def features(self, kept, episode):
+        """What `video` gives -> Q_S (E, B, D): (3.23). Queries see each other only if both the model and the episode say so."""
+        start, *tokens = kept
+        q = episode.take(start)  # (E, B, D)
+        if not self.cross_video:
+            return q
+        joint = self.transductive and episode.joint
+        mask = None if joint else inductive_mask(q.shape[1], len(episode.labels), q.device)
         for i, level in enumerate(self.levels):
             if i > 0:
-                q = level.cross_frame(q, tokens[i - 1], index)
-            if mode:
-                q = level.cross_video(q, mask)
+                x = tokens[i - 1] if episode.index is not None else episode.take(tokens[i - 1])
+                q = level.cross_frame(q, x, episode.index)
+            q = level.cross_video(q, mask)
         return q
 
-    def forward(self, episodes, n_support):
-        """Episodes, supports first -> video features Q_S (E, B, D).
+    def log_scores(self, kept, episode):
+        """(3.6), (3.7): log softmax(Temp * cosine) over the supports, (E, M, S) float32."""
+        support, query = episode.split(self.features(kept, episode))
+        return (self.temp * cosine(query, support)).log_softmax(-1)
 
-        episodes: frames (E, B, T, 3, H, W) uint8, or the list that `frozen` gave of them.
-        """
-        frozen = episodes if isinstance(episodes, list) else self.frozen(episodes)[0]
-        tokens = self.tokens(self.kept(frozen))
-        return self.aggregate(self.start(tokens[0]), tokens[1:], n_support, self.mode)
+    def scores(self, kept, episode):
+        """The logarithm of (3.10), a class's mean score; argmax is (3.11), cross-entropy -log(K * avg_score(true class))."""
+        return class_scores(self.log_scores(kept, episode), episode)
+
+    def loss(self, kept, episode):
+        log_score = self.log_scores(kept, episode)
+        scores = class_scores(log_score, episode)
+        return pairwise_loss(log_score, episode) if self.pairwise else cross_entropy(scores, episode.answers), scores
 
 
 def inductive_mask(videos, n_support, device=None):
@@ -360,37 +459,28 @@ def inductive_mask(videos, n_support, device=None):
     return (index < n_support) | (index == index[:, None])
 
 
-def log_scores(features, n_support, temp):
-    """(3.6), (3.7): features (E, B, D) -> log softmax(temp * cosine) over the supports, (E, M, N*K) float32."""
-    features = F.normalize(features.float(), dim=-1)
-    support, query = features[:, :n_support], features[:, n_support:]
-    return (temp * query @ support.transpose(1, 2)).log_softmax(-1)
+def class_scores(log_score, episode):
+    """(3.10): log scores (E, M, S) -> the logarithm of the mean score of each way's supports, (E, M, N).
 
-
-def class_scores(log_score, support_labels, way):
-    """(3.10): log scores (E, M, N*K), labels (N*K,) in 0..way-1 -> mean score of each class's supports, (E, M, N).
-
-    The prediction (3.11) is the argmax. Classes may have unequal numbers of supports.
+    In log space: at Temp 100 the exponential of a log score is often 0.
     """
-    members = F.one_hot(support_labels, way).to(log_score)  # (N*K, N)
-    return log_score.exp() @ (members / members.sum(0))
+    members = F.one_hot(episode.labels, episode.classes.shape[1]).bool()  # (S, N)
+    by_way = log_score.unsqueeze(-1).masked_fill(~members, -math.inf)  # (E, M, S, N)
+    return by_way.logsumexp(-2) - members.sum(0).log()
 
 
-def episode_loss(log_score, support_labels, query_labels, kind):
-    """log_score (E, M, N*K) float32, labels (N*K,) and (M,) -> scalar, the mean over episodes.
+def pairwise_loss(log_score, episode):
+    """(3.8), (3.9): over all (support, query) pairs -log(score) if the classes agree, else -log(1 - score), their mean.
 
-    'class': -log(K * avg_score(true class)), averaged over queries.
-    'pairwise': (3.8), (3.9), over all (support, query) pairs -log(score) if the classes agree, else -log(1 - score). There
     1 - score is the sum of all other scores: summed in log space it stays finite where `1 - score` rounds to 0.
     """
-    same = query_labels[:, None] == support_labels  # (M, N*K)
-    if kind == 'class':
-        return -log_score.masked_fill(~same, -math.inf).logsumexp(-1).mean()
-    itself = torch.eye(len(support_labels), dtype=torch.bool, device=log_score.device)
-    others = log_score.unsqueeze(-2).masked_fill(itself, -math.inf).logsumexp(-1)  # (E, M, N*K)
+    same = episode.answers.unsqueeze(-1) == episode.labels  # (E, M, S)
+    itself = torch.eye(len(episode.labels), dtype=torch.bool, device=log_score.device)
+    others = log_score.unsqueeze(-2).masked_fill(itself, -math.inf).logsumexp(-1)  # (E, M, S)
     return -torch.where(same, log_score, others).mean()
 
 
-def trainable_state(model):
-    """The parameters that train, by name: all that a checkpoint holds of the model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def trainable_state(method):
+    """The parameters that train and the buffers, by name: all that a checkpoint holds of a method."""
+    frozen = {name for name, p in method.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in method.state_dict().items() if name not in frozen}

@@ -1,44 +1,48 @@
 """Labels for your own clips, from a few examples of each class.
 
     python predict.py --support=my_examples/ --query=new.mp4                              mean-pooled CLIP, nothing trained
-    python predict.py --support=my_examples/ --query=clips/ --ckpt=runs/diving48/best.pt --top=3
+    python predict.py --support=my_examples/ --query=clips/ --ckpt=runs/diving48_vba/best.pt --top=3
     python predict.py --support=my_examples/ --query=long.mp4 --window=2.0 --stride=1.0 --csv=timeline.csv
 
 my_examples/ holds a folder for each class with one or more clips, which are video files or folders of numbered frames.
 
-In reading order: examples (read_examples, save_examples, load_examples), from frames to scores (encode_frames, follow,
-encode_examples, score), long videos (windows, windows_apart, merge), queries (find_queries, labelled, answer).
-Queries never see each other (inductive), so a label does not depend on what else is asked.
+In reading order: examples (read_examples, encode_examples, load_examples), queries (find_queries, whole_clips, labelled),
+answers (answer). Queries never see each other (inductive), so a label does not depend on what else is asked.
 """
 
 import csv
 import glob
-import hashlib
 import itertools
 import json
-import math
-import multiprocessing
 import os
-import signal
 import sys
-from collections import deque
 
-import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoint
 import data
-import eval as evaluation
-from config import resolve_device
-from decode import VIDEOS, Converter, UnreadableVideo, Video, number_in
-from encoding import encode
-from model import class_scores, inductive_mask, log_scores
-from reader import ClipMaker, ClipReader
+import encoding
+from config import amp, name_of, resolve
+from decode import VIDEOS, Video, number_in
+from model import Episode, look
+from reader import ClipReader
+from tools import timeline
 
 BATCH = 16  # clips encoded at a time
-WINDOW_LIMIT = 600  # seconds for a window, and before the first one for measuring the whole file
+OPTIONS = dict(
+    support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
+    query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
+    ckpt=None,                 # a checkpoint
+    method='mean_pool',        # without a checkpoint: a method that needs no training
+    top=1,                     # classes printed for each query, best first
+    json=False,                # print one JSON object a line instead
+    save_support=None,         # a file to keep the encoded examples in
+    window=0.0,                # seconds of a window that slides over each query; 0: one label for the whole clip
+    stride=1.0,                # seconds from one window to the next
+    csv=None,                  # a file for the scores of every window
+)
 
 
 # ---- Examples
@@ -58,253 +62,66 @@ def read_examples(folder):
     return data.Split('support', names, sum(found, []), labels)
 
 
-def identity(config, clip):
-    """What encoded examples depend on: they serve another call only if all of it is equal."""
-    checkpoint = None
-    if config['ckpt']:
-        with open(config['ckpt'][0], 'rb') as file:
-            checkpoint = hashlib.sha256(file.read()).hexdigest()
-    return dict(checkpoint=checkpoint, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size,
-                **{key: config[key] for key in ('frames', 'test_sampling', 'resize', 'norm', 'frozen_dtype')})
-
-
-def save_examples(path, examples):
-    """torch.save, whole or not at all."""
-    try:
-        torch.save(examples, path + '.tmp')
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the folder is missing
-        sys.exit(f'Cannot write {path}: {error}')
-
-
-def load_examples(path, made, device):
-    """The dict that save_examples wrote. Stops with one sentence when it is none or `made` differs."""
-    try:
-        examples = torch.load(path, map_location=device, weights_only=True)
-        differing = [key for key in made if examples['made'].get(key) != made[key]]
-    except FileNotFoundError:
-        sys.exit(f'There is no {path}: support is a folder of classes, or a file written by --save_support.')
-    except Exception as error:
-        sys.exit(f'{path} is no file of --save_support ({type(error).__name__}), and no folder of classes.')
-    if differing:
-        def brief(value):
-            return value[:12] if isinstance(value, str) else value
-        sys.exit(f'The examples in {path} were encoded otherwise: ' + ', '.join(
-            f'{key} {brief(examples["made"].get(key))} (now {brief(made[key])})' for key in differing) + '.')
-    return examples
-
-
-# ---- From frames to scores
-
-@torch.no_grad()
-def encode_frames(model, frames, trained, device, autocast):
-    """Frames (V, T, 3, H, W) uint8 -> what encoding.encode gives: `start` (V, D), `tokens`; untrained: mean-pooled CLIP, []."""
-    with autocast:
-        frozen, features = model.frozen(frames.to(device), head=not trained)
-    if trained:
-        return encode(model, frozen, autocast)
-    return F.normalize(F.normalize(features.float(), dim=-1).mean(1), dim=-1), []
-
-
-@torch.no_grad()
-def follow(model, q, tokens, supports=None):
-    """VBA.aggregate in inductive mode, supports and queries apart: supports do not look at queries, so they go first, once.
-
-    q (V, D) and tokens as of encoding.encode -> [Q*_0, ..., Q*_{S-1}, Q_S], each (V, D) float32. supports: this list of the
-    supports, when q are queries. A model without cross-video attention: [Q_S], which is q.
-    """
-    if not model.mode:
-        return [q]
-    others = supports or [q[:0]] * len(model.levels)
-    n = len(others[0])
-    mask = inductive_mask(n + len(q), n, q.device) if supports else None  # supports all see each other
-    path = []
-    for i, level in enumerate(model.levels):
-        if i > 0:
-            q = level.cross_frame(q, tokens[i - 1])
-        path.append(q.float())
-        q = level.cross_video(torch.cat([others[i], path[-1]]), mask)[n:]
-    return [*path, q.float()]
-
-
 def jobs(split):
-    """Indices of all its videos, BATCH at a time."""
-    return [np.arange(i, min(i + BATCH, len(split.videos))) for i in range(0, len(split.videos), BATCH)]
+    """All its videos, BATCH at a time, as ClipReader.stream takes them."""
+    return [(0, np.arange(i, min(i + BATCH, len(split.videos)))) for i in range(0, len(split.videos), BATCH)]
 
 
-def encode_examples(model, split, reader, trained, device, autocast):
-    """A Split -> dict(classes, labels (V,), paths, features): the readable videos and what queries need to know of them."""
-    starts, tokens, read = [], [], []
+@torch.no_grad()
+def encode(config, clip, method, frames):
+    """Frames (V, T, 3, H, W) uint8 -> what the method keeps of these videos, tensors (V, ...)."""
+    with amp(config):
+        seen = look(clip.visual, frames.to(config['device']), method.sees)
+    return encoding.videos(config, method, seen)
+
+
+def encode_examples(config, clip, method, split, reader):
+    """A Split -> dict(classes, labels (V,) int64, kept): what the method keeps of the videos that can be read."""
+    kept, read = [], []
     for frames, indices in tqdm(reader.stream(split, jobs(split), train=False), 'encoding examples', leave=False, disable=None):
         if len(indices):
-            start, levels = encode_frames(model, frames, trained, device, autocast)
-            starts.append(start)
-            tokens.append(levels)
+            kept.append(encode(config, clip, method, frames))
             read.extend(indices.tolist())
     labels = torch.from_numpy(split.labels[read])
     for label, name in enumerate(split.classes):
         if label not in labels:
             sys.exit(f'Class {name!r} has no clip that could be read: each class needs one.')
-    with autocast:
-        features = follow(model, torch.cat(starts), [torch.cat(level) for level in zip(*tokens)])
-    return dict(classes=split.classes, labels=labels.to(device), paths=[split.videos[i].path for i in read], features=features)
+    return dict(classes=split.classes, labels=labels, kept=[torch.cat(parts) for parts in zip(*kept)])
 
 
-def score(support, query, labels, temp, trained):
-    """Features (V, D) and (M, D), labels (V,) in 0..N-1 -> scores (M, N) that add up to 1 for each query.
-
-    Trained: the mean over a class's examples of softmax(temp * cosine) over all examples, (3.6) and (3.10), over the sum of
-    these means. Untrained: softmax(temp * cosine) over the classes' mean features. Either way a class gains nothing by having
-    more examples.
-    """
-    if trained:
-        features = torch.cat([support, query])[None]
-        means = class_scores(log_scores(features, len(support), temp), labels, int(labels.max()) + 1)[0]
-        return means / means.sum(-1, keepdim=True)
-    members = F.one_hot(labels).to(support)  # (V, N)
-    prototypes = F.normalize((members / members.sum(0)).T @ support, dim=-1)
-    return (temp * query @ prototypes.T).softmax(-1)
-
-
-# ---- Long videos
-
-def measure(path):
-    """A video file -> (pts of the first frame, length in seconds), by its packets: headers are not to be trusted.
-
-    The pts is None where time stamps are missing (raw H.264): seconds are then the frame's number over the rate.
-    """
-    first, last, count, timed = math.inf, -math.inf, 0, True
-    with av.open(f'file:{path}', metadata_errors='ignore') as container:
-        stream = container.streams.best('video')
-        if stream is None:
-            raise ValueError('no video stream')
-        step = 1 / frame_rate(stream)
-        try:
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    count, timed = count + 1, timed and packet.pts is not None
-                    if timed:
-                        first = min(first, packet.pts)
-                        last = max(last, packet.pts + (packet.duration or step / stream.time_base))
-        except av.FFmpegError:
-            pass  # cut short: what came before is used
-        return (first, float((last - first) * stream.time_base)) if timed and count else (None, count * step)
-
-
-def frame_rate(stream):
-    return float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def timed_frames(path, first):
-    """A video file and the pts of its first frame -> yields (decoded frame, its second) in order, but for what is damaged."""
-    with av.open(f'file:{path}', metadata_errors='ignore') as container:
-        stream, number = container.streams.best('video'), 0
-        stream.thread_type = 'AUTO'
-        packets = container.demux(stream)
-        while True:
-            try:
-                for frame in stream.codec_context.decode(next(packets)):
-                    counted = first is None or frame.pts is None
-                    yield frame, number / frame_rate(stream) if counted else float((frame.pts - first) * stream.time_base)
-                    number += 1
-            except StopIteration:
-                return
-            except av.FFmpegError:
-                pass
-
-
-def windows(path, config, image_size):
-    """Slides over a video file -> yields (start, end, clip uint8 (T, 3, H, W)) in order, times in seconds from the first frame.
-
-    A window's T frames are those on show in the middles of its T equal parts of time, whatever the frame rate. The last window
-    ends with the video; a video shorter than a window is one window. The video is decoded once, and of what is decoded only
-    the cropped frames of windows that are not full yet are kept. Raises UnreadableVideo.
-    """
-    number, stride = config['frames'], config['stride']
-    convert, maker = Converter(config['resize']), ClipMaker(config, image_size)
-    opened, k, done = deque(), 0, 0  # opened: windows that are not full yet, (start, frames so far)
+def load_examples(path, made):
+    """The dict that was saved with `made`, a fingerprint. Stops with one sentence when it is none or `made` differs."""
     try:
-        if os.path.isdir(path):
-            raise ValueError('a folder of frames has no seconds, windows need a video file')
-        first, length = measure(path)
-        width = min(config['window'], length)
-        count = math.ceil((length - width) / stride - 1e-6) + 1
-        frames = itertools.chain(timed_frames(path, first), [(None, math.inf)])
-        for (frame, _), (_, until) in itertools.pairwise(frames):  # a frame is on show until the next one
-            picture, more = None, True
-            while more:
-                for start, clip in opened:
-                    while len(clip) < number and start + (len(clip) + 0.5) * width / number < until - 1e-6:
-                        if picture is None:
-                            picture = maker.crop(np.stack([convert(frame)]), None)[0]
-                        clip.append(picture)
-                while opened and len(opened[0][1]) == number:
-                    start, clip = opened.popleft()
-                    yield start, start + width, torch.stack(clip)
-                    done += 1
-                more = k < count and (start := min(k * stride, length - width)) < until
-                if more:
-                    opened.append((start, []))
-                    k += 1
-        if not done:
-            raise ValueError('no frame could be decoded')
-    except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
-        raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error
+        examples = torch.load(path, map_location='cpu', weights_only=True)
+        differing = [key for key in {**made, **examples['made']} if examples['made'].get(key) != made.get(key)]
+    except FileNotFoundError:
+        sys.exit(f'There is no {path}: support is a folder of classes, or a file written by --save_support.')
+    except Exception as error:
+        sys.exit(f'{path} is no file of --save_support ({type(error).__name__}), and no folder of classes.')
+    if differing:
+        sys.exit(f'The examples in {path} were encoded otherwise: ' + ', '.join(
+            f'{key} {str(examples["made"].get(key))[:12]} (now {str(made.get(key))[:12]})' for key in differing) + '.')
+    return examples
 
 
-def windows_apart(path, config, image_size):
-    """The same from a process of its own: a file that crashes the decoder, or on which it hangs, does no harm to this one."""
-    context = multiprocessing.get_context('forkserver')
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=send_windows, args=(theirs, path, config, image_size), daemon=True)
-    process.start()
-    theirs.close()
+def save_examples(path, examples):
     try:
-        while True:
-            if not ours.poll(WINDOW_LIMIT):
-                raise UnreadableVideo(f'{path}: no window decoded within {WINDOW_LIMIT} s')
-            match ours.recv():
-                case start, end, frames:
-                    yield start, end, torch.from_numpy(frames)
-                case None:
-                    return
-                case error:
-                    raise UnreadableVideo(error)
-    except (EOFError, OSError):  # its end, between two windows or within one
-        raise UnreadableVideo(f'{path}: the decoder crashed on it') from None
-    finally:
-        process.kill()
-        process.join()
+        with checkpoint.whole(path, 'wb') as file:
+            torch.save(examples, file)
+    except OSError as error:
+        sys.exit(f'Cannot write {path}: {error}')
 
 
-def send_windows(pipe, path, config, image_size):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-    try:
-        for start, end, clip in windows(path, config, image_size):
-            pipe.send((start, end, clip.numpy()))
-        pipe.send(None)
-    except UnreadableVideo as error:
-        pipe.send(str(error))
-
-
-def merge(rows):
-    """Windows (start, end, class, score) in order -> yields the same with neighbours of one class joined, scores averaged.
-
-    Where windows of two classes overlap, the boundary is the middle of the overlap.
-    """
-    run = None  # start, end, class, sum of scores, windows
-    for start, end, name, value in rows:
-        if run and run[2] == name:
-            run = [run[0], end, name, run[3] + value, run[4] + 1]
-            continue
-        if run:
-            middle = (run[1] + start) / 2
-            yield run[0], min(run[1], middle), run[2], run[3] / run[4]
-            start = max(start, middle)
-        run = [start, end, name, value, 1]
-    if run:
-        yield run[0], run[1], run[2], run[3] / run[4]
+@torch.no_grad()
+def label(config, clip, method, examples, frames):
+    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode."""
+    kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], encode(config, clip, method, frames))]
+    index = torch.arange(len(kept[0]), device=config['device'])[None]  # (1, B)
+    classes = torch.arange(len(examples['classes']), device=config['device'])[None]  # (1, N)
+    labels = examples['labels'].to(config['device'])
+    with amp(config):
+        scores = method.scores(kept, Episode(labels, classes, examples['classes'], joint=False, index=index))
+    return scores[0].float().softmax(-1)
 
 
 # ---- Queries
@@ -327,20 +144,9 @@ def find_queries(query):
 def whole_clips(paths, reader):
     """Yields (path, None, None, clip uint8 (T, 3, H, W), or what is wrong with it) for each path."""
     split = data.Split('query', [''], [Video(path) for path in paths], np.zeros(len(paths), np.int64))
-    for job, (frames, read) in zip(jobs(split), reader.stream(split, jobs(split), train=False)):
+    for (_, job), (frames, read) in zip(jobs(split), reader.stream(split, jobs(split), train=False)):
         clips = dict(zip(read.tolist(), frames))
         yield from ((paths[i], None, None, clips[i] if i in clips else reader.bad[split.videos[i]]) for i in job)
-
-
-def all_windows(paths, config, image_size):
-    """Yields (path, start, end, clip) for each window of each path, and (path, None, None, what is wrong) where it fails."""
-    for path in paths:
-        try:
-            slide = windows if config['workers'] == 0 else windows_apart
-            yield from ((path, *window) for window in slide(path, config, image_size))
-        except UnreadableVideo as error:
-            print(f'Warning: unreadable video {error}; left out.', file=sys.stderr, flush=True)
-            yield path, None, None, str(error)
 
 
 def labelled(clips, label):
@@ -351,6 +157,8 @@ def labelled(clips, label):
         for *where, clip in batch:
             yield *where, clip if isinstance(clip, str) else next(scores)
 
+
+# ---- Answers
 
 def answer(config, classes, rows, method):
     """Prints what `labelled` yields, query by query, and writes --csv. Returns the paths that failed."""
@@ -377,7 +185,7 @@ def answer(config, classes, rows, method):
             if config['window']:
                 say(path)
                 found['timeline'] = []
-                for start, end, name, value in merge((start, end, classes[np.argmax(scores)], max(scores))
+                for start, end, name, value in timeline.merge((start, end, classes[np.argmax(scores)], max(scores))
                                                      for start, end, scores in good(path, rows_of_path)):
                     found['timeline'].append(dict(start=start, end=end, name=name, score=value))
                     say(f'{start:9.1f} {end:9.1f} s   {value:.3f}  {name}')
@@ -392,50 +200,43 @@ def answer(config, classes, rows, method):
 
 
 def main():
-    config, checkpoints = evaluation.configure(sys.argv[1:])
-    if len(checkpoints) > 1:
-        sys.exit(f'predict.py takes one checkpoint, not {len(checkpoints)}.')
+    config, found = checkpoint.configure(sys.argv[1:], OPTIONS)
+    if len(found) > 1:
+        sys.exit(f'predict.py takes one checkpoint, not {len(found)}.')
+    path, saved, config = found[0] if found else (None, dict(names=[]), config)
     config.update(cache_gb=0.0, cache_dir=None)  # every clip is read once
     if not config['support'] or not (config['query'] or config['save_support']):
         sys.exit('predict.py needs --support=<a folder with a folder per class> and --query=<clips>.')
-    if config['window'] < 0:
-        sys.exit(f'window={config["window"]:g} must be positive, or 0 for one label a clip.')
-    device, dtype = resolve_device(config)
-    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
-    clip = evaluation.load_clip(config)
-    model, trained, size = evaluation.build(config, clip), bool(checkpoints), clip.visual.image_size
-    if trained:
-        evaluation.restore(model, clip, checkpoints[0], config['ckpt'][0])
-    else:
-        model.mode = False  # plain CLIP's videos do not see each other
-    model.to(device)
+    resolve(config)
+    clip = checkpoint.load_clip(config)
+    method = checkpoint.build(config, clip, saved['names']).to(config['device']).eval()
+    if found:
+        checkpoint.restore(method, clip, saved, path)
+    elif any(p.requires_grad for p in method.parameters()):
+        sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
+    checkpoint.freeze(config, clip)
 
-    reader = ClipReader(config, size)
+    reader = ClipReader(config, clip.visual.image_size)
     try:
-        made = identity(config, clip)
+        made = checkpoint.fingerprint(config, clip, method)
         if os.path.isdir(config['support']):
-            examples = encode_examples(model, read_examples(config['support']), reader, trained, device, autocast)
+            examples = encode_examples(config, clip, method, read_examples(config['support']), reader)
         else:
-            examples = load_examples(config['support'], made, device)
+            examples = load_examples(config['support'], made)
         if config['save_support']:
             save_examples(config['save_support'], dict(examples, made=made))
         if not config['query']:
             return
-        classes, labels, features = examples['classes'], examples['labels'], examples['features']
-
-        def label(frames):  # uint8 (M, T, 3, H, W) -> scores (M, N)
-            start, tokens = encode_frames(model, frames, trained, device, autocast)
-            with autocast:  # not around the line above: an autocast that is entered twice is never left
-                query = follow(model, start, tokens, features)[-1]
-            return score(features[-1], query, labels, config['temp'], trained)
-
-        method, counts = 'vba-inductive' if trained else 'clip-mean-pool', sorted(set(labels.bincount().tolist()))
+        name, classes, counts = name_of(config['method']), examples['classes'], examples['labels'].bincount()
+        several = f'{counts.min()} to ' if counts.min() < counts.max() else ''
         if not config['json']:
-            print(f'{method}, {len(classes)} classes, {" to ".join(map(str, (counts[0], *counts[1:][-1:])))} examples each; '
-                  f'scores: softmax({config["temp"]:g} * cosine), adding up to 1 over the classes', flush=True)
+            print(f'{name}, {len(classes)} classes, {several}{counts.max()} examples each; scores add up to 1 over the classes',
+                  flush=True)
         paths = find_queries(config['query'])
-        clips = all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
-        failed = answer(config, classes, labelled(clips, label), method)
+        size = clip.visual.image_size
+        clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
+        scored = labelled(clips, lambda frames: label(config, clip, method, examples, frames))
+        failed = answer(config, classes, scored, name)
     finally:
         reader.close()
     if failed:

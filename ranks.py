@@ -10,22 +10,22 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 
-def begin(device):
-    """Joins the processes that torchrun started, if it did -> this process's device. Ranks above 0 print warnings alone."""
+def begin(config):
+    """Joins the processes that torchrun started, if it did; config['device'] becomes this one's. Ranks above 0 print warnings
+    alone."""
     if 'WORLD_SIZE' not in os.environ:
-        return device
-    if device == 'cuda':
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
-    backend = 'cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo'
+        return
+    cuda = config['device'] == 'cuda'
+    if cuda:
+        config['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(config['device'])
+    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may have clips to make; torchrun sees who died
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
-    return device
 
 
 def end():
@@ -36,12 +36,12 @@ def end():
 @contextlib.contextmanager
 def rank_0_first():
     """The others wait until rank 0 has been through the block: what it makes or fetches, they find."""
-    rank, world = rank_of()
+    rank, _ = rank_of()
     if rank > 0:
-        dist.barrier()
+        barrier()
     yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    if rank == 0:
+        barrier()
 
 
 def rank_of():
@@ -56,18 +56,21 @@ def add_up(x):
     return x
 
 
-def gather_rows(x):
-    """The rows of all ranks' tensors, which may have different numbers of them, rank after rank, on x's device."""
-    rank, world = rank_of()
-    if world == 1:
-        return x
-    counts = torch.zeros(world, dtype=torch.int64)
-    counts[rank] = len(x)
-    most = add_up(counts).max()
-    padded = F.pad(x.cpu(), (0, 0) * (x.ndim - 1) + (0, most - len(x)))
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)]).to(x.device)
+def local():
+    """-> (this process's number among those of its machine, how many these are)."""
+    return (int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])) if dist.is_initialized() else (0, 1)
+
+
+def machine():
+    """What tells this machine's files in a shared folder from those of others: '' if it is the only one."""
+    alone = os.environ.get('LOCAL_WORLD_SIZE') == os.environ.get('WORLD_SIZE')
+    return '' if alone else f'_machine{os.environ["GROUP_RANK"]}'
+
+
+def barrier():
+    """Waits until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def progress(items, note, total, **options):

@@ -2,7 +2,7 @@
 
     ClipMaker                          one video -> one clip: frames, what is kept of them, crop, flip and jitter
     MemoryStore, DiskStore             frames that are kept, so that they are not decoded again
-    ClipReader, Worker, work           the same for whole episodes, in processes that may crash without harm
+    ClipReader, Job, Worker, work      the same for whole episodes, in processes that may crash without harm
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import time
 import zlib
 from collections import deque
 from multiprocessing import connection, forkserver
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -56,27 +58,24 @@ class ClipMaker:
         else:  # random test frames are one fixed draw for a video, so that features can be kept
             what = ('middle', number) if config['test_sampling'] == 'middle' else ('random', number, config['seed'])
 
-        def candidates(n):  # what is kept
+        def keep(n):  # what is kept of a video of n frames
+            first, end = clip_range(video, n)
             if seed is not None:
-                return np.arange(n) if n <= most else sample_indices(n, most)
+                return np.arange(first, end) if end - first <= most else first + sample_indices(end - first, most)
             rng = np.random.default_rng([config['seed'], crc(video)]) if what[0] == 'random' else None
-            return sample_indices(n, number, rng)
+            return first + sample_indices(end - first, number, rng)
 
-        def choose(n):  # what is drawn of it
+        def draw(n):  # what is drawn of n kept ones
             return np.arange(n) if seed is None else sample_indices(n, number, np.random.default_rng(seed))
 
-        def pick(n, drawn):
-            first, end = clip_range(video, n)
-            kept = candidates(end - first)
-            return first + (kept[choose(len(kept))] if drawn else kept)
-
         key = (*stamp(video), config['resize'], *what)
-        frames = self.store.read(key, choose)
+        frames = self.store.read(key, draw)
         if frames is None and self.store.room > 0:
-            kept = read_frames(video.path, lambda n: pick(n, False), config['resize'])
-            frames = self.store.write(key, kept, choose(len(kept)))
+            kept = read_frames(video.path, keep, config['resize'])
+            frames = self.store.write(key, kept, draw(len(kept)))
         elif frames is None:
-            frames = self.store.like_kept(read_frames(video.path, lambda n: pick(n, True), config['resize']))
+            drawn = read_frames(video.path, lambda n: keep(n)[draw(len(keep(n)))], config['resize'])
+            frames = self.store.like_kept(drawn)
         return frames
 
     def check(self, video):
@@ -234,6 +233,7 @@ class ClipReader:
         self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
         count = worker_count(config)
         slots = int(np.clip(256e6 // (np.prod(self.shape) * max(count, 1)), 4, 64))  # clips a worker may be ahead
+        self.ahead = count * slots
         self.maker = None if count else ClipMaker(config, image_size, RANKS)
         # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker
         context = multiprocessing.get_context('forkserver')
@@ -241,186 +241,140 @@ class ClipReader:
         if count:
             forkserver.ensure_running()  # it imports while the caller goes on
         self.workers = [Worker(context, slots, self.shape, (config, image_size, count * RANKS)) for _ in range(count)]
-        self.ahead = count * slots
 
-    def stream(self, split, jobs, train, first=0, stride=1):
-        """Yields (frames uint8 (n, T, 3, H, W), indices int64 (n,)) for each job, an array of indices into split.videos.
+    def stream(self, split, jobs, train):
+        """Yields (frames uint8 (n, T, 3, H, W), indices int64 (n,)) for each job, (number, array of indices into split.videos).
 
-        A job is an episode (n,) or several (E, n), and the frames have this shape too. Its first episode's number is `first`
-        for the first job and `stride` more for each after it. train: random frames, crop and flip by (seed, number of the
-        episode, place in it) alone; an unreadable video is replaced by another of its class that is not in its episode, and
-        indices say which. Not train: test frames and centre crop; jobs have one axis, and unreadable videos are missing from
-        frames and indices. Either way each unreadable video is warned of once.
+        A job is an episode (n,) or several (E, n), and the frames have this shape too; `number` is that of its first episode.
+        train: random frames, crop and flip by (seed, number of the episode, place in it) alone; an unreadable video is replaced
+        by another of its class that is not in its episode, and indices say which. Not train: test frames and centre crop; jobs
+        have one axis, and unreadable videos are missing from frames and indices. Either way each of them is warned of once.
         """
         if train and self.config['flip']:
             warn_of_sides(split)
-        numbered, opened = zip(itertools.count(first, stride), jobs), deque()
+        opened = deque()
         try:
-            while True:
-                while not opened or sum(job.indices.size for job in list(opened)[1:]) < self.ahead:
-                    number, indices = next(numbered, (None, None))
-                    if number is None:
-                        break
-                    opened.append(Job(split, np.array(indices, np.int64), train, number, self.shape, self.pin))
-                    self.submit(opened[-1], range(opened[-1].indices.size))
-                if not opened:
-                    return
-                job = opened[0]
-                self.finish(job)
-                opened.popleft()
-                yield job.result()
-        finally:
-            for job in opened:
-                job.dropped = True
-
-    def submit(self, job, places, urgent=False):
-        """Puts clips of a job into their workers' queues."""
-        for place in places:
-            video = job.split.videos[job.indices.flat[place]]
-            seed = [self.config['seed'], *job.where(place), job.tries[place]] if job.train else None
-            if video in self.bad:
-                job.failed.append(place)
-            elif self.workers:
-                job.pending += 1
-                self.enqueue((job, place, video, seed), urgent)
-            else:
-                try:
-                    job.receive(place, self.maker.clip(video, seed))
-                except UnreadableVideo as error:
-                    self.fail(job, place, video, str(error))
-        self.feed()
-
-    def enqueue(self, task, urgent=False):
-        queue = self.workers[crc(task[2]) % len(self.workers)].waiting
-        (queue.appendleft if urgent else queue.append)(task)
-
-    def feed(self):
-        for worker in self.workers:
-            worker.feed()
+            for number, indices in jobs:
+                job = Job(split, number, indices, self.config['seed'] if train else None, self.shape, self.pin)
+                opened.append(job)
+                for place in range(job.indices.size):
+                    self.submit(job.task(place))
+                while opened and sum(job.indices.size for job in opened) - opened[0].indices.size >= self.ahead:
+                    yield self.finish(opened.popleft())
+            while opened:
+                yield self.finish(opened.popleft())
+        finally:  # of a stream that is left early, what is not begun is not wanted
+            for worker in self.workers:
+                worker.waiting = deque(task for task in worker.waiting if task.job not in opened)
 
     def check(self, videos):
         """Yields (video, number of frames, what is wrong though it can be read or None, why it cannot be read or None)."""
-        job = Check()
-        for video in videos:
-            if self.workers:
-                job.pending += 1
-                self.enqueue((job, len(job.done), video, 'check'))
-            else:
-                try:
-                    yield video, *self.maker.check(video), None
-                except UnreadableVideo as error:
-                    yield video, 0, None, str(error)
-        self.feed()
-        while job.pending or job.done:
-            yield from job.done
-            job.done.clear()
-            if job.pending:
+        job = SimpleNamespace(done={})
+        for place, video in enumerate(videos):
+            self.submit(Task(job, place, video, 'check'))
+        for _ in videos:
+            while not job.done:
                 self.pump()
+            place, (verdict, error) = job.done.popitem()
+            yield videos[place], *(verdict or (0, None)), error
+
+    def submit(self, task, urgent=False):
+        """Has a task done, in time or, without workers, at once."""
+        if task.video in self.bad:
+            self.settle(task, None, None, self.bad[task.video])
+        elif self.workers:
+            worker = self.workers[crc(task.video) % len(self.workers)]
+            (worker.waiting.appendleft if urgent else worker.waiting.append)(task)
+            worker.feed()
+        else:
+            self.settle(task, *attempt(self.maker, task.video, task.seed))
+
+    def settle(self, task, clip, verdict, error):
+        """Takes in what has become of a task: one of the three, the others are None."""
+        if clip is not None:
+            task.job.frames[task.place] = clip
+        if error and task.seed != 'check' and task.video not in self.bad:
+            self.bad[task.video] = error
+            if self.config['strict']:
+                sys.exit(f'Unreadable video {error} (strict=False leaves such videos out).')
+            outcome = 'left out' if task.seed is None else 'another of its class takes its place'
+            print(f'Warning: unreadable video {error}; {outcome}.', file=sys.stderr, flush=True)
+        task.job.done[task.place] = verdict, error
 
     def finish(self, job):
-        """Waits for all clips of a job; in training replaces those that failed, in an order that depends on the job alone."""
+        """Waits for all clips of a job -> frames, indices. In training replaces those that failed, until none has."""
         while True:
-            while job.pending:
+            while len(job.done) < job.indices.size:
                 self.pump()
-            if not job.failed or not job.train:
-                return
-            places, job.failed = sorted(job.failed), []
-            for place in places:
-                job.replace(place, self.config['seed'])
-            self.submit(job, places, urgent=True)
-
-    def fail(self, job, place, video, reason):
-        if isinstance(job, Check):
-            job.done.append((video, 0, None, reason))
-            return
-        job.failed.append(place)
-        if video not in self.bad:
-            self.bad[video] = reason
-            if self.config['strict']:
-                sys.exit(f'Unreadable video {reason} (strict=False leaves such videos out).')
-            print(f'Warning: unreadable video {reason};', 'another of its class takes its place.' if job.train else 'left out.',
-                  file=sys.stderr, flush=True)
+            failed = sorted(place for place, (_, error) in job.done.items() if error)
+            if not failed or job.seed is None:
+                return job.result(failed)
+            job.replace(failed)
+            for place in failed:
+                self.submit(job.task(place), urgent=True)
 
     def pump(self):
         """Takes in what workers have finished, looks after those that died or hang, and gives them more to do."""
         started = [worker for worker in self.workers if worker.process is not None]
         ready = connection.wait([worker.conn for worker in started], timeout=0.5)
         for worker in started:
-            alive = True
-            while alive and worker.conn in ready and worker.conn.poll():
-                try:
-                    slot, error, info = worker.conn.recv()
-                except (EOFError, OSError):
-                    alive = False
-                    break
-                job, place, video, _ = worker.take(slot)
-                job.pending -= 1
-                if error:
-                    self.fail(job, place, video, error)
-                elif info:
-                    job.done.append((video, *info, None))
-                elif not job.dropped:
-                    job.receive(place, worker.arena[slot])
-            hung = alive and worker.sent and worker.conn not in ready and time.monotonic() - worker.since > TIME_LIMIT
-            if hung or not alive:
-                guilty = worker.restart(forgive=not hung)
-                if guilty:
-                    job, place, video, _ = guilty
-                    job.pending -= 1
-                    self.fail(job, place, video, f'{video.path}: ' + (f'not decoded within {TIME_LIMIT} s' if hung else
-                                                                      'the decoder crashed on it'))
+            for answer in worker.answers(worker.conn in ready):
+                self.settle(*answer)
             worker.feed()
 
     def close(self):
         """Ends the workers."""
         for worker in self.workers:
             worker.stop()
-        self.workers = []
+
+
+class Task(NamedTuple):
+    """A video's clip that is wanted for a place of a job. seed: as ClipMaker.clip has it; 'check': not a clip but a verdict."""
+    job: object
+    place: int
+    video: Video
+    seed: object
 
 
 class Job:
-    """An array of videos that are wanted together. The rows of its last axis are episodes."""
+    """An array of videos that are wanted together. The rows of its last axis are episodes; seed None: of a test."""
 
-    def __init__(self, split, indices, train, number, shape, pin):
-        self.split, self.indices, self.train, self.number = split, indices, train, number
-        self.frames = torch.empty(indices.size, *shape, dtype=torch.uint8, pin_memory=pin)
-        self.tries = [0] * indices.size  # how often a place has been given another video
-        self.used = [set(row) for row in indices.reshape(-1, indices.shape[-1]).tolist()]  # videos that an episode has seen
-        self.pending, self.failed, self.dropped = 0, [], False
+    def __init__(self, split, number, indices, seed, shape, pin):
+        self.split, self.number, self.indices, self.seed = split, number, np.array(indices, np.int64), seed
+        self.frames = torch.empty(self.indices.size, *shape, dtype=torch.uint8, pin_memory=pin)
+        self.used = [set(row) for row in self.indices.reshape(-1, self.indices.shape[-1]).tolist()]  # that an episode has seen
+        self.tries = 0  # how often videos have been replaced
+        self.done = {}  # place -> (None, why it cannot be read or None)
 
-    def receive(self, place, clip):
-        self.frames[place] = clip
+    def task(self, place):
+        video = self.split.videos[self.indices.flat[place]]
+        return Task(self, place, video, None if self.seed is None else self.seed_of(place))
 
-    def where(self, place):
-        """-> the number of a place's episode, and the place in it."""
+    def seed_of(self, place):
         row, column = divmod(place, self.indices.shape[-1])
-        return self.number + row, column
+        return [self.seed, self.number + row, column, self.tries]
 
-    def replace(self, place, seed):
-        """Puts another video of the same class in a place."""
-        used = self.used[place // self.indices.shape[-1]]
-        label = self.split.labels[self.indices.flat[place]]
-        others = [i for i in self.split.members[label].tolist() if i not in used]
-        if not others:
-            sys.exit(f'Class {self.split.classes[label]!r} of split {self.split.name} has too few readable videos for an '
-                     f'episode: leave it out, or lower the shots or the queries.')
-        self.tries[place] += 1
-        chosen = others[np.random.default_rng([seed, *self.where(place), self.tries[place], 2]).integers(len(others))]
-        used.add(chosen)
-        self.indices.flat[place] = chosen
+    def replace(self, places):
+        """Puts other videos of the same classes in places, in an order that depends on the job alone."""
+        self.tries += 1
+        for place in places:
+            used = self.used[place // self.indices.shape[-1]]
+            label = self.split.labels[self.indices.flat[place]]
+            others = [i for i in self.split.members[label].tolist() if i not in used]
+            if not others:
+                sys.exit(f'Class {self.split.classes[label]!r} of split {self.split.name} has too few readable videos for an '
+                         f'episode: leave it out, or lower the shots or the queries.')
+            chosen = others[np.random.default_rng([*self.seed_of(place), 2]).integers(len(others))]
+            used.add(chosen)
+            self.indices.flat[place] = chosen
+            del self.done[place]
 
-    def result(self):
-        if self.failed:
-            keep = np.setdiff1d(np.arange(self.indices.size), self.failed)
+    def result(self, failed):
+        """-> frames (*, T, 3, H, W), indices (*), without the places that failed."""
+        if failed:
+            keep = np.setdiff1d(np.arange(self.indices.size), failed)
             return self.frames[torch.from_numpy(keep)], self.indices[keep]
         return self.frames.unflatten(0, self.indices.shape), self.indices
-
-
-class Check:
-    """Videos whose verdict is wanted, in the place of a Job."""
-
-    def __init__(self):
-        self.pending, self.done, self.dropped = 0, [], False
 
 
 class Worker:
@@ -428,32 +382,53 @@ class Worker:
 
     def __init__(self, context, slots, shape, args):
         self.context, self.shape, self.args = context, (slots, *shape), args
-        self.free, self.waiting, self.sent = list(range(slots)), deque(), {}  # sent: slot -> task, in order
+        self.waiting, self.sent = deque(), deque()  # tasks; (slot, task) for those that the process has, in order
+        self.slots = itertools.cycle(range(slots))
         self.process, self.deaths, self.crashed = None, 0, set()
 
     def feed(self):
         """Sends tasks as long as slots are free."""
-        while self.waiting and self.free:
-            task = self.waiting.popleft()
-            job, _, video, seed = task
-            if job.dropped:
-                continue
+        while self.waiting and len(self.sent) < self.shape[0]:
             if self.process is None:
                 self.start()
             if not self.sent:
                 self.since = time.monotonic()
-            slot = self.free.pop()
-            self.sent[slot] = task
-            try:
-                self.conn.send((slot, tuple(video), seed))
-            except OSError:
-                return  # dead: pump will notice
+            slot, task = next(self.slots), self.waiting.popleft()
+            self.sent.append((slot, task))
+            with contextlib.suppress(OSError):  # dead: `answers` will notice
+                self.conn.send((slot, tuple(task.video), task.seed))  # a plain tuple pickles in half the time
 
-    def take(self, slot):
-        """The task that a slot was for; the slot is free again once the caller has copied it, before the next feed."""
-        self.since, self.deaths = time.monotonic(), 0
-        self.free.append(slot)
-        return self.sent.pop(slot)
+    def answers(self, ready):
+        """Yields (task, clip, verdict, error) of what is finished; a clip is to be copied before the next `feed`."""
+        died = hung = False
+        try:
+            while ready and self.conn.poll():
+                verdict, error = self.conn.recv()
+                slot, task = self.sent.popleft()
+                self.since, self.deaths = time.monotonic(), 0
+                yield task, None if verdict or error else self.arena[slot], verdict, error
+            hung = self.sent and time.monotonic() - self.since > TIME_LIMIT
+        except (EOFError, OSError):
+            died = True
+        if died or hung:
+            yield from self.give_up(died)
+
+    def give_up(self, died):
+        """Ends a process that died or hangs, and yields the answer to what it was at; a first death is tried again."""
+        self.stop()
+        self.deaths += 1
+        if self.deaths > 9:
+            sys.exit('Decoding processes die as soon as they start; run with --workers=0 to see why.')
+        tasks = [task for _, task in self.sent]
+        self.sent.clear()
+        if tasks:
+            video = tasks[0].video
+            if died and video not in self.crashed:
+                self.crashed.add(video)  # the process may have been killed for another's sake
+            else:
+                reason = 'the decoder crashed on it' if died else f'not decoded within {TIME_LIMIT} s'
+                yield tasks.pop(0), None, None, f'{video.path}: {reason}'
+        self.waiting.extendleft(reversed(tasks))
 
     def start(self):
         memory = self.context.RawArray('B', int(np.prod(self.shape)))
@@ -462,23 +437,6 @@ class Worker:
         self.process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
         self.process.start()
         theirs.close()
-
-    def restart(self, forgive):
-        """A new process for one that died or hangs -> the task it was at. forgive: a first death is tried again (None)."""
-        self.stop()
-        self.deaths += 1
-        if self.deaths > 9:
-            sys.exit('Decoding processes die as soon as they start; run with --workers=0 to see why.')
-        tasks = list(self.sent.values())
-        self.free += self.sent
-        self.sent = {}
-        guilty = tasks.pop(0) if tasks else None
-        if guilty and forgive and guilty[2] not in self.crashed:  # it may have been killed for another's sake
-            self.crashed.add(guilty[2])
-            tasks.insert(0, guilty)
-            guilty = None
-        self.waiting.extendleft(reversed(tasks))
-        return guilty
 
     def stop(self):
         if self.process is not None:
@@ -489,7 +447,7 @@ class Worker:
 
 
 def work(conn, memory, shape, config, image_size, processes):
-    """A decoding process: takes (slot, video, seed), fills the slot, answers (slot, what is wrong or None, verdict or None)."""
+    """A decoding process: takes (slot, video, seed), fills the slot, answers (verdict or None, what is wrong or None)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by closing the pipe
     torch.set_num_threads(1)
     arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
@@ -497,15 +455,20 @@ def work(conn, memory, shape, config, image_size, processes):
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe, or is gone
         while True:
             slot, video, seed = conn.recv()
-            error = info = None
-            try:
-                if seed == 'check':
-                    info = maker.check(Video(*video))
-                else:
-                    arena[slot] = maker.clip(Video(*video), seed)
-            except UnreadableVideo as unreadable:
-                error = str(unreadable)
-            conn.send((slot, error, info))
+            clip, *answer = attempt(maker, Video(*video), seed)
+            if clip is not None:
+                arena[slot] = clip
+            conn.send(answer)
+
+
+def attempt(maker, video, seed):
+    """-> clip, verdict, what is wrong: one of them, the others are None."""
+    try:
+        if seed == 'check':
+            return None, maker.check(video), None
+        return maker.clip(video, seed), None, None
+    except UnreadableVideo as error:
+        return None, None, str(error)
 
 
 def warn_of_sides(split):

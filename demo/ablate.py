@@ -4,24 +4,21 @@
     python demo/ablate.py 0 1        # these seeds alone
 
 Trains the demo for fewer steps than its config does and prints accuracies on the unseen test motions, 5-way 1-shot, as mean
-± standard deviation over the seeds. What the frozen CLIP makes of the training and validation clips is kept from one training
-to the next.
+± standard deviation over the seeds. What the frozen CLIP shows of the clips is kept from one training to the next.
 """
 
-import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import train  # noqa: E402
-
+KEPT = os.path.join(ROOT, 'runs', 'ablate', 'features')
 COMMON = ['--max_iters=300', '--eval_interval=150', '--test_shots=[1]', '--test_episodes=3000', '--cache_prefix=1',
-          '--workers=1']
+          '--workers=1', f'--features_dir={KEPT}']
 ROWS = {  # label: options
     'the demo: no adapter, four levels, joint, serial, class': [],
     'cross-video attention: inductive': ['--cross_video=inductive'],
@@ -34,20 +31,6 @@ ROWS = {  # label: options
 }
 
 
-def keep(encode_frozen):
-    """encode_frozen, but what the four kept levels without adapters gave for a split, draw and seed is not computed again."""
-    memory = {}
-
-    def kept(model, split, reader, *args):
-        if model.adapters or len(model.levels) != 4:
-            return encode_frozen(model, split, reader, *args)
-        key = reader.config['seed'], split.name, args[2:]
-        if key not in memory:
-            memory[key] = encode_frozen(model, split, reader, *args)
-        return memory[key]
-    return kept
-
-
 def run(options, seed):
     """One training and its test -> {method: accuracy in percent}."""
     name = '_'.join([*(o.strip('-') for o in options), f'seed={seed}'])
@@ -55,17 +38,16 @@ def run(options, seed):
     results = os.path.join(out_dir, 'results.json')
     if not os.path.exists(results):
         os.makedirs(out_dir, exist_ok=True)
-        sys.argv = ['train.py', os.path.join(ROOT, 'sample_configs', 'moving_shapes.py'), *COMMON, *options, f'--seed={seed}',
-                    f'--out_dir={out_dir}']
-        with open(os.path.join(out_dir, 'output.txt'), 'w') as output, contextlib.redirect_stdout(output):
-            train.main()
+        command = [sys.executable, 'train.py', 'sample_configs/moving_shapes.py', *COMMON, *options, f'--seed={seed}',
+                   f'--out_dir={out_dir}']
+        with open(os.path.join(out_dir, 'output.txt'), 'w') as output:
+            subprocess.run(command, cwd=ROOT, stdout=output, check=True)
     with open(results) as file:
         return {row['method']: row['accuracy'] for row in json.load(file)}
 
 
 def main():
     seeds = [int(seed) for seed in (sys.argv[1:] or '012')]
-    train.encode_frozen = keep(train.encode_frozen)
     table = {label: [] for label in ROWS}
     for seed, (label, options) in tqdm([(seed, item) for seed in seeds for item in ROWS.items()], disable=None):
         table[label].append(run(options, seed))
@@ -73,8 +55,8 @@ def main():
     print('| | joint | inductive |\n| --- | --- | --- |')
     for label, runs in table.items():
         cells = []
-        for method in ('vba-joint', 'vba-inductive'):
-            values = [r[method] for r in runs if method in r]
+        for names in (('vba joint',), ('vba inductive', 'vba')):
+            values = [r[name] for r in runs for name in names if name in r]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}' if values else '')
         print(f'| {label} | {" | ".join(cells)} |')

@@ -6,7 +6,7 @@ config = dict(
     annotations='data/kinetics_lists',
     lr=1e-05,
     max_iters=1000,
-    temporal_adapter=False,
+    vba=dict(temporal_adapter=False),
     norm='imagenet',
     splits=dict(
         train=[

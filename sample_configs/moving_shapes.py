@@ -7,7 +7,7 @@ config = dict(
     clip='demo/tiny_clip.pt',
     resize=64,
     augment='none',
-    temporal_adapter=False,
+    vba=dict(temporal_adapter=False),
     cache_prefix=2,
     flip=False,
     shot=5,

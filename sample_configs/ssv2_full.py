@@ -6,8 +6,7 @@ config = dict(
     annotations='data/ssv2_full_lists',
     max_iters=15000,
     eval_interval=1000,
-    cross_video=False,
-    temp=50.0,
+    vba=dict(cross_video=False, temp=50.0),
     flip=False,
     norm='imagenet',
     # in the order of the lists: train8/78687 is of the class with index 8

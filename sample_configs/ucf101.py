@@ -5,8 +5,7 @@ config = dict(
     data_root='data/ucf101',
     lr=1e-05,
     max_iters=2000,
-    temporal_adapter=False,
-    cross_video=False,
+    vba=dict(temporal_adapter=False, cross_video=False),
     augment='randaug',
     norm='imagenet',
     splits=dict(

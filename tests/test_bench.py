@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
+import checkpoint
+from config import ROOT, load_config, resolve
 from make_clips import write_clip
+from model import Step, look
+from tools import bench
 
-CLIP = '--clip=' + os.path.join(os.path.dirname(bench.__file__), 'demo', 'tiny_clip.pt')
+CLIP = '--clip=' + os.path.join(ROOT, 'demo', 'tiny_clip.pt')
 SMALL = (CLIP, '--frames=2', '--rounds=1', '--device=cpu')
 
 
@@ -69,11 +72,19 @@ def test_memory(table):
 
 def test_step_bytes_of_a_few_small_videos_by_hand(monkeypatch):
     """Little more than weights, gradients, AdamW's two moments and two batches of frames. Norms are in float32, as on CUDA."""
-    config = bench.load_config([CLIP, '--frames=1', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1'])
-    model, norms, norm = bench.evaluation.build(config, bench.evaluation.load_clip(config)), set(), F.layer_norm
+    config, clip, model = built('--frames=1', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1')
+    norms, norm, parameters = set(), F.layer_norm, [*clip.visual.parameters(), *model.parameters()]
     monkeypatch.setattr(F, 'layer_norm', lambda x, *args: norms.add(x.dtype) or norm(x, *args))
-    by_hand = 2 * (4 * 3 * 64 * 64) + sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
-    assert by_hand < bench.step_bytes(model, config) < 1.2 * by_hand and norms == {torch.float32}
+    by_hand = 2 * (4 * 3 * 64 * 64) + sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters)
+    assert by_hand < bench.step_bytes(clip.visual, model, config) < 1.2 * by_hand and norms == {torch.float32}
+
+
+def built(*options):
+    """-> a configuration, its CLIP and VBA."""
+    config = load_config([CLIP, '--device=cpu', *options])
+    resolve(config)
+    clip = checkpoint.load_clip(config)
+    return config, clip, checkpoint.build(config, clip, [])
 
 
 def test_live_bytes_by_hand():
@@ -92,21 +103,18 @@ def test_eval(table):
 
 
 def test_projected_attention_is_the_same_function():
-    config = bench.load_config([CLIP, '--frames=2'])
-    clip = bench.evaluation.load_clip(config)
-    model = bench.evaluation.build(config, clip)
-    frames = torch.randint(256, (2, 4, 2, 3, 64, 64), dtype=torch.uint8)
-    torch.testing.assert_close(bench.projected(model)(frames, 2), model(frames, 2), atol=1e-4, rtol=1e-4)
+    config, clip, model = built('--frames=2', '--way=2', '--shot=1', '--queries=1', '--meta_batch=2')
+    seen = look(clip.visual, torch.randint(256, (8, 2, 3, 64, 64), dtype=torch.uint8), model.sees)
+    ours, theirs = (Step(each)(seen, bench.episodes_of(config))[1] for each in (model, bench.projected(model)))
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_flops_of_the_frozen_part():
     """By hand: a block is 12 D^2 products a token and 2 L D of attention, beside the patches' embedding."""
-    config = bench.load_config([CLIP, '--frames=2', '--temporal_adapter=False'])
-    clip = bench.evaluation.load_clip(config)
-    visual = clip.visual
-    model = bench.evaluation.build(config, clip)
-    frames = torch.zeros(1, 2, 2, 3, 64, 64, dtype=torch.uint8)
-    (frozen, forward, backward), moved = bench.count(model, frames, 1)
+    options = '--frames=2', '--way=1', '--shot=1', '--queries=1', '--meta_batch=1'
+    config, clip, model = built('--temporal_adapter=False', *options)
+    visual, frames = clip.visual, torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8)
+    (frozen, forward, backward), moved = bench.count(config, visual, model, frames)
     dim, tokens, layers = visual.proj.shape[0], visual.grid ** 2 + 1, len(visual.transformer.resblocks)
     by_hand = 2 * 4 * (layers * tokens * (12 * dim + 2 * tokens) * dim + (tokens - 1) * visual.conv1.weight.numel())
     assert frozen == pytest.approx(by_hand, rel=0.01)

@@ -18,6 +18,7 @@ from torch import nn
 
 import clip_loader
 from clip_loader import CLIP, Tokenizer, load_clip
+from tools import fetch
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning', 'ignore:Detected pickle protocol')
 SIZES = dict(image_size=32, patch_size=8, width=64, layers=2, embed_dim=16,
@@ -410,9 +411,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def test_fetch_goes_on_after_a_break(tmp_path, ranges):
     path = tmp_path / 'new' / 'x.pt'
     with Server(CONTENT, ranges, cut=2_000_000) as server:
-        assert clip_loader.fetch(server.url, str(path), SHA256) == str(path)
+        assert fetch.fetch(server.url, str(path), SHA256) == str(path)
         assert server.asked == [None, 'bytes=2000000-']
-        clip_loader.fetch(server.url, str(path), SHA256)  # there already: nobody is asked
+        fetch.fetch(server.url, str(path), SHA256)  # there already: nobody is asked
         assert len(server.asked) == 2
     assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ['x.pt']
 
@@ -422,16 +423,16 @@ def test_fetch_goes_on_in_the_next_run(tmp_path):
     with Server(CONTENT, cut=1000, cuts=1) as server:
         clip_loader_part = tmp_path / 'x.pt.part'
         with pytest.raises(OSError):
-            clip_loader.download(server.url, str(clip_loader_part))
+            fetch.download(server.url, str(clip_loader_part))
         assert clip_loader_part.read_bytes() == CONTENT[:1000] and not path.exists()
-        clip_loader.fetch(server.url, str(path), SHA256)
+        fetch.fetch(server.url, str(path), SHA256)
         assert server.asked == [None, 'bytes=1000-'] and path.read_bytes() == CONTENT
 
 
 def test_fetch_gives_up_when_nothing_more_arrives(tmp_path):
     with Server(CONTENT, ranges=False, cut=1000, cuts=99) as server:
         with pytest.raises(OSError, match=r'Cannot fetch x\.pt .*put it at'):
-            clip_loader.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
+            fetch.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
         assert len(server.asked) == 2
     assert not (tmp_path / 'x.pt').exists()
 
@@ -443,15 +444,15 @@ def test_fetch_with_leftovers(tmp_path):
         with Server(CONTENT) as server:
             if left == b'wrong start':
                 with pytest.raises(ValueError, match='removed'):
-                    clip_loader.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
+                    fetch.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
                 assert os.listdir(tmp_path) == ['x.pt'] and (tmp_path / 'x.pt').read_bytes() == b'damaged'
-            clip_loader.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
+            fetch.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
         assert (tmp_path / 'x.pt').read_bytes() == CONTENT and os.listdir(tmp_path) == ['x.pt']
 
 
 def test_wrong_content_is_removed(tmp_path):
     with Server(b'a login page') as server, pytest.raises(ValueError, match='not the file with SHA-256'):
-        clip_loader.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
+        fetch.fetch(server.url, str(tmp_path / 'x.pt'), SHA256)
     assert os.listdir(tmp_path) == []
 
 
@@ -545,20 +546,20 @@ def test_readable(name, words):
     assert clip_loader.readable(name) == words
 
 
-def test_zero_shot_weights(clip):
+def test_texts_of_class_names(clip):
     tokenizer = clip_loader.tokenizer_of(clip)
-    weights = clip_loader.zero_shot_weights(clip, tokenizer, ['OneTwo', 'b'], ['a {}', '{}!'])
+    weights = clip.texts(['OneTwo', 'b'], ['a {}', '{}!'])
     texts = clip.encode_text(tokenizer(['a One Two', 'One Two!', 'a b', 'b!'], 24)).detach()
     expected = [[x / x.norm() for x in pair] for pair in (texts[:2], texts[2:])]
     expected = torch.stack([(x + y) / (x + y).norm() for x, y in expected])
     torch.testing.assert_close(weights, expected)
-    assert not weights.requires_grad
+    assert not weights.requires_grad and torch.equal(clip.texts(['b', 'OneTwo'], ['a {}', '{}!']), weights.flip(0))
     with pytest.raises(ValueError, match='needs {}'):
-        clip_loader.zero_shot_weights(clip, tokenizer, ['a'], ['a video'])
+        clip.texts(['a'], ['a video'])
     with pytest.raises(ValueError, match='longer than 24'):
-        clip_loader.zero_shot_weights(clip, tokenizer, ['a' * 40], ['{}'])
+        clip.texts(['a' * 40], ['{}'])
     with pytest.raises(ValueError, match='image tower alone'):
-        clip_loader.zero_shot_weights(CLIP(32, 16, 64, 1, 16), tokenizer, ['a'], ['{}'])
+        CLIP(32, 16, 64, 1, 16).texts(['a'], ['{}'])
 
 
 def test_text_is_causal(clip):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from fractions import Fraction
 
@@ -283,7 +284,7 @@ def test_start_and_end_bound_the_clip(kinds):
 # ---- Workers
 
 def jobs_of(split, count, first=0):
-    return (np.stack([data.episode(split, 2, 2, 1, 0, 2 * k), data.episode(split, 2, 2, 1, 0, 2 * k + 1)])
+    return ((k, np.stack([data.episode(split, 2, 2, 1, 0, 2 * k), data.episode(split, 2, 2, 1, 0, 2 * k + 1)]))
             for k in range(first, first + count))
 
 
@@ -292,12 +293,12 @@ def read(config, folder, count=6, first=0, between=None):
     split = data.load_splits(config)['train']
     clips = reader.ClipReader(config, 32)
     try:
-        stream, train = clips.stream(split, jobs_of(split, count, first), True, first), []
+        stream, train = clips.stream(split, jobs_of(split, count, first), True), []
         for batch in stream:
             train.append(batch)
             if between:
                 between(clips)
-        test = list(clips.stream(split, [np.arange(7), np.arange(7, len(split.videos))], False))
+        test = list(clips.stream(split, [(0, np.arange(7)), (1, np.arange(7, len(split.videos)))], False))
     finally:
         clips.close()
     return train, test, split
@@ -320,7 +321,7 @@ def same(a, b):
 def test_unreadable_videos_are_replaced_or_left_out(in_process, folder, splits_option, capsys):
     train, test, split = in_process
     broken = [i for i, video in enumerate(split.videos) if video.path.endswith('5.avi')]
-    asked = list(jobs_of(split, 6))
+    asked = [indices for _, indices in jobs_of(split, 6)]
     assert any(np.isin(job, broken).any() for job in asked)
     for (frames, indices), job in zip(train, asked):
         assert frames.shape == (2, 6, 8, 3, 32, 32) and indices.shape == job.shape
@@ -358,7 +359,7 @@ def test_a_stream_can_start_at_any_job(in_process, folder, splits_option):
 
 def test_a_video_is_cropped_anew_in_every_job(in_process):
     config, split = make_config(''), in_process[2]
-    (first, _), (second, _) = reader.ClipReader(dict(config, workers=0), 32).stream(split, [[0, 0], [0, 0]], True)
+    (first, _), (second, _) = reader.ClipReader(dict(config, workers=0), 32).stream(split, [(0, [0, 0]), (1, [0, 0])], True)
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
 
 
@@ -382,12 +383,34 @@ def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_p
     videos = [decode.Video(str(tmp_path / 'fifo.mp4')), *(decode.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
     split = data.Split('train', ['x'], videos, np.zeros(4, np.int64))
     clips = reader.ClipReader(make_config(folder, workers=1), 32)
-    next(clips.stream(split, [[1]], True))  # the process is up
+    next(clips.stream(split, [(0, [1])], True))  # the process is up
     started = time.monotonic()
-    (_, indices), = clips.stream(split, [[0, 1, 2]], True)
+    (_, indices), = clips.stream(split, [(0, [0, 1, 2])], True)
     clips.close()
     assert indices.tolist() == [3, 1, 2] and time.monotonic() - started < 20
     assert 'fifo.mp4: not decoded within 4 s' in capsys.readouterr().err
+
+
+def test_a_video_that_workers_die_on_twice_is_given_up(folder, tmp_path, capsys):
+    os.mkfifo(tmp_path / 'fifo.mp4')  # a worker waits there until it is killed
+    videos = [decode.Video(str(folder / 'jump' / '0.mp4')), decode.Video(str(tmp_path / 'fifo.mp4'))]
+    clips, killed = reader.ClipReader(make_config(folder, workers=1), 32), []
+
+    def kill():
+        while len(killed) < 2:
+            process = clips.workers[0].process
+            if process is not None and process.pid and process not in killed:
+                killed.append(process)
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    stream = clips.stream(data.Split('test', ['x'], videos, np.zeros(2, np.int64)), [(0, [1]), (1, [0])], False)
+    killer.start()
+    results = [indices.tolist() for _, indices in stream]
+    killer.join()
+    clips.close()
+    assert results == [[], [0]] and 'fifo.mp4: the decoder crashed on it; left out' in capsys.readouterr().err
 
 
 def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_option):
@@ -397,7 +420,7 @@ def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_opt
     stream = clips.stream(split, jobs_of(split, 6), True)
     train = [next(stream), next(stream)]
     next(clips.stream(split, jobs_of(split, 6), True))  # begun and dropped
-    test = list(clips.stream(split, [np.arange(7), np.arange(7, 18)], False))
+    test = list(clips.stream(split, [(0, np.arange(7)), (1, np.arange(7, 18))], False))
     train += stream
     processes = [worker.process for worker in clips.workers]
     clips.close()

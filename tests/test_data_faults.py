@@ -91,7 +91,7 @@ def test_training_on_damaged_files(faults, capsys):
     split = data.Split('train', ['a', 'b'], [decode.Video(path) for path in paths], np.arange(len(paths)) % 2)
     clips = reader.ClipReader(dict(DEFAULTS, workers=2, resize=48, device='cpu'), 32)
     try:
-        for frames, indices in clips.stream(split, (data.episode(split, 2, 5, 5, 0, i) for i in range(10)), True):
+        for frames, indices in clips.stream(split, ((i, data.episode(split, 2, 5, 5, 0, i)) for i in range(10)), True):
             assert frames.shape == (20, 8, 3, 32, 32) and len(set(indices.tolist())) == 20
             assert not {split.videos[i] for i in indices} & clips.bad.keys()
     finally:

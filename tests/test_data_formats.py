@@ -15,6 +15,7 @@ import decode
 import reader
 from config import DEFAULTS, load_config
 from make_clips import picture, write_clip, write_folder
+from tools import check
 
 ROOT = pathlib.Path(data.__file__).parent
 
@@ -240,7 +241,7 @@ def mixed(tmp_path):
 
 
 def test_check(mixed, capsys, monkeypatch):
-    data.check(mixed)
+    check.check(mixed)
     out = capsys.readouterr().out
     row, = (line.split() for line in out.splitlines() if line.startswith('train  '))
     assert row[1:] == ['2', '16', '14', '2', '2', '2', '2'] and 'can be trained' in out
@@ -249,7 +250,7 @@ def test_check(mixed, capsys, monkeypatch):
 
     # a second check opens nothing; training uses the verdicts
     monkeypatch.setattr(reader.ClipReader, 'check', lambda self, videos: pytest.fail('opened again') if videos else [])
-    data.check(mixed)
+    check.check(mixed)
     assert out.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
     splits = data.load_splits(mixed)
     assert '16 videos listed, 2 missing, 2 unreadable, 12 used' in capsys.readouterr().out
@@ -264,7 +265,7 @@ def test_check(mixed, capsys, monkeypatch):
     opened = []
     real = reader.ClipReader.check
     monkeypatch.setattr(reader.ClipReader, 'check', lambda self, videos: real(self, opened.extend(videos) or videos))
-    data.check(mixed)
+    check.check(mixed)
     assert [os.path.basename(video.path) for video in opened] == ['broken.mp4']
     assert len(data.load_splits(mixed)['train'].videos) == 13
 
@@ -272,15 +273,15 @@ def test_check(mixed, capsys, monkeypatch):
 def test_a_link_to_nowhere_is_unreadable(mixed):
     os.symlink('/nowhere', os.path.join(mixed['data_root'], 'left', 'link.mp4'))
     config = dict(mixed, annotations=None)
-    data.check(config)
+    check.check(config)
     assert 'link.mp4' in open(os.path.join(mixed['out_dir'], 'check.txt')).read()
     assert not [video for video in data.load_splits(config)['train'].videos if 'link.mp4' in video.path]
 
 
 def test_check_tells_whether_training_can_start(mixed):
     with pytest.raises(SystemExit, match="cannot be trained: Class 'left' of split train has 6 videos"):
-        data.check(dict(mixed, shot=5))
-    data.check(dict(mixed, shot=5, lower=True))  # as the verdicts are kept, this opens nothing
+        check.check(dict(mixed, shot=5))
+    check.check(dict(mixed, shot=5, lower=True))  # as the verdicts are kept, this opens nothing
 
 
 def test_check_as_a_command(mixed, tmp_path):
@@ -295,11 +296,11 @@ def test_check_as_a_command(mixed, tmp_path):
 
 
 def test_a_video_that_vanishes_after_the_check_is_replaced(mixed, capsys):
-    data.check(mixed)
+    check.check(mixed)
     split = data.load_splits(mixed)['train']
     os.remove(split.videos[0].path)
     clips = reader.ClipReader(dict(mixed, workers=0), 32)
-    (_, indices), = clips.stream(split, [[0, 1]], True)
+    (_, indices), = clips.stream(split, [(0, [0, 1])], True)
     assert indices[0] not in (0, 1) and indices[1] == 1 and '0.mp4: No such file' in capsys.readouterr().err
 
 
@@ -369,7 +370,7 @@ def test_workers_share_frames_on_disk(tmp_path):
     split, results = data.load_splits(config)['train'], []
     for workers in (2, 1, 2, 0):
         clips = reader.ClipReader(dict(config, workers=workers), 32)
-        results.append(next(clips.stream(split, [range(6)], True))[0])
+        results.append(next(clips.stream(split, [(0, range(6))], True))[0])
         clips.close()
     assert all(torch.equal(results[0], other) for other in results)
     lines = [line for file in (tmp_path / 'c').glob('*.index') for line in open(file)]
@@ -397,6 +398,6 @@ def test_flipping_classes_that_name_a_side_warns(capsys):
 
 def test_contact_sheet(mixed, tmp_path):
     config = dict(mixed, annotations=None, splits=dict(train=['left']), flip=False)  # fewer classes than ways
-    data.contact_sheet(config, str(tmp_path / 'sheet.png'))
+    check.contact_sheet(config, str(tmp_path / 'sheet.png'))
     sheet = decode.read_image(str(tmp_path / 'sheet.png'), 10**6)
     assert sheet.shape == (2 * 48, 8 * 48, 3) and sheet.std() > 20

@@ -1,7 +1,10 @@
 """The network against independent statements of the same thing: nn.MultiheadAttention, a literal transcription of the thesis's
 equations, invariances, and losses worked out by hand."""
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,34 +16,52 @@ from model import (
     NORMS,
     VBA,
     Attention,
+    Episode,
+    Step,
     TemporalAdapter,
     ViT,
+    bring,
     class_scores,
-    episode_loss,
+    cosine,
+    cross_entropy,
     inductive_mask,
-    log_scores,
+    look,
+    pairwise_loss,
     trainable_state,
 )
 
 WAY, SHOT, QUERIES, T = 3, 2, 2, 4
-B = WAY * (SHOT + QUERIES)
-CONFIG = dict(levels=3, temporal_adapter=True, cls_token=False, cross_video='joint', attn_proj=True, mlp_order='serial',
-              alpha_init='random', frames=T, norm='clip', recompute=False, frozen_dtype='float32')
+S, B = WAY * SHOT, WAY * (SHOT + QUERIES)
+CONFIG = VBA.options | dict(levels=3, frames=T, temp=10.0)
 
 
 def fresh(seed=0, **options):
-    """A tiny VBA as built."""
+    """A tiny VBA as built, and the tower beside it."""
     torch.manual_seed(seed)
-    return VBA(ViT(32, 16, 128, 5, 32), CONFIG | options).eval()
+    visual = ViT(32, 16, 128, 5, 32).requires_grad_(False)
+    return VBA(SimpleNamespace(visual=visual), [], CONFIG | options).eval(), visual
 
 
 def shaken(seed=0, **options):
-    """A tiny VBA whose zero-initialised parts are not zero, as after training."""
-    model = fresh(seed, **options)
+    """A tiny VBA whose zero-initialised parts are not zero, as after training, and the tower beside it."""
+    model, visual = fresh(seed, **options)
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return model, visual
+
+
+def episode(episodes=1, n_support=S, joint=True):
+    """Episodes as in training: WAY ways, supports class by class; of n_support videos other than that, one way."""
+    labels = torch.arange(WAY).repeat_interleave(SHOT) if n_support == S else torch.zeros(n_support, dtype=torch.int64)
+    answers = torch.arange(WAY).repeat_interleave(QUERIES).expand(episodes, -1)
+    return Episode(labels, torch.arange(WAY).expand(episodes, -1), ['a', 'b', 'c'], joint, answers)
+
+
+def features(model, visual, frames, n_support=S, joint=True):
+    """Frames (E, B, T, 3, H, W) -> Q_S (E, B, D)."""
+    kept = model.video(*bring(look(visual, frames.flatten(0, 1), model.sees), 'cpu'))
+    return model.features(kept, episode(len(frames), n_support, joint))
 
 
 def trainable_parameters(model):
@@ -51,8 +72,9 @@ def clips(*shape, seed=1):
     return torch.randint(0, 256, (*shape, T, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def encoded(model, frames):
-    return model.kept(model.frozen(frames)[0])
+def encoded(model, visual, frames):
+    """Frames (V, T, 3, H, W) -> A, S tensors (V, T, L, D)."""
+    return model.kept(look(visual, frames, model.sees))
 
 
 def normalised(frames):
@@ -62,18 +84,43 @@ def normalised(frames):
 
 @pytest.mark.parametrize('adapter', [True, False])
 def test_fresh_model_keeps_clips_features_exactly(adapter):
-    model, frames = fresh(temporal_adapter=adapter), clips(2)
-    kept = encoded(model, frames)
-    x = model.visual.embed(normalised(frames.flatten(0, 1)))
-    for i, block in enumerate(model.visual.transformer.resblocks):
+    (model, visual), frames = fresh(temporal_adapter=adapter), clips(2)
+    kept = encoded(model, visual, frames)
+    x = visual.embed(normalised(frames.flatten(0, 1)))
+    for i, block in enumerate(visual.transformer.resblocks):
         x = block(x)
         if i >= 2:
             assert torch.equal(kept[i - 2], x[:, 1:].unflatten(0, (2, T)))
 
 
 def test_cls_token_option_keeps_all_tokens():
-    assert encoded(fresh(cls_token=True), clips(2))[0].shape == (2, T, 5, 128)
-    assert encoded(fresh(), clips(2))[0].shape == (2, T, 4, 128)
+    assert encoded(*fresh(cls_token=True), clips(2))[0].shape == (2, T, 5, 128)
+    assert encoded(*fresh(), clips(2))[0].shape == (2, T, 4, 128)
+
+
+def test_a_tower_that_is_not_deep_enough_is_refused():
+    with pytest.raises(ValueError, match='levels=6.*5 blocks'):
+        fresh(levels=6)
+
+
+GOLDEN = json.loads(Path(__file__).with_name('golden.json').read_text())
+
+
+@pytest.mark.parametrize('row', GOLDEN, ids=lambda row: '-'.join(str(v) for v in row.values() if type(v) in (str, bool)))
+def test_class_scores_and_losses_are_those_of_the_code_before_methods(row):
+    """Golden values: scores of a seeded model (E=2; the first episode's kept), and its losses over three steps of AdamW."""
+    options = {key: row[key] for key in ('temporal_adapter', 'cross_video', 'mlp_order', 'loss')}
+    (model, visual), frames, losses = shaken(**options), clips(2, B), []
+    optimizer = torch.optim.AdamW(trainable_parameters(model), 1e-3, weight_decay=0.02)
+    for _ in range(3):
+        loss, scores = Step(model)(look(visual, frames.flatten(0, 1), model.sees), episode(2))
+        if not losses:
+            torch.testing.assert_close(scores[0].exp().flatten(), torch.tensor(row['scores']), rtol=1e-4, atol=1e-6)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == pytest.approx(row['losses'], rel=1e-3)
 
 
 @pytest.mark.parametrize('form, masked', [('folded', False), ('plain', False), ('plain', True)])
@@ -151,10 +198,10 @@ def literal_attention(attn, q, k, v, allowed):
     return torch.stack(rows)
 
 
-def literal_vba(model, frames, n_support, cross_video, mlp_order):
+def literal_vba(model, visual, frames, n_support, cross_video, mlp_order):
     """Equations 3.14-3.23 for one episode (B, T, 3, H, W), written as loops."""
     videos = len(frames)
-    kept = encoded(model, frames)
+    kept = encoded(model, visual, frames)
     q = model.query.expand(videos, -1)
     for a, level in zip(kept, model.levels):
         star = a + level.alpha(a) + level.beta  # (3.14)
@@ -182,46 +229,76 @@ def literal_vba(model, frames, n_support, cross_video, mlp_order):
 @torch.no_grad()
 def test_aggregator_equals_the_equations(cross_video, mlp_order, attn_proj):
     options = dict(cross_video=cross_video, mlp_order=mlp_order, attn_proj=attn_proj)
-    model, frames = shaken(**options), clips(2, 5)
-    features = model(frames, 3)
+    (model, visual), frames = shaken(**options), clips(2, 5)
+    found = features(model, visual, frames, 3)
     for e in range(2):
-        expected = literal_vba(model, frames[e], 3, cross_video, mlp_order)
-        torch.testing.assert_close(features[e], expected, rtol=1e-4, atol=1e-4)
+        expected = literal_vba(model, visual, frames[e], 3, cross_video, mlp_order)
+        torch.testing.assert_close(found[e], expected, rtol=1e-4, atol=1e-4)
 
 
-def predictions(model, frames):
-    labels = torch.arange(WAY).repeat_interleave(SHOT)
-    return class_scores(log_scores(model(frames, WAY * SHOT), WAY * SHOT, 10), labels, WAY)
+@pytest.mark.parametrize('cross_video', ['joint', 'inductive', False])
+@torch.no_grad()
+def test_episodes_by_index_equal_episodes_as_they_lie(cross_video):
+    """As in tests: each video once, gathered into episodes, some of them in several."""
+    (model, visual), frames = shaken(cross_video=cross_video), clips(B + 2)
+    index = torch.stack([torch.randperm(B + 2, generator=torch.Generator().manual_seed(e))[:B] for e in range(3)])
+    kept = model.video(*look(visual, frames, model.sees))
+    for joint in (True, False):
+        found = model.scores(kept, episode(3, joint=joint)._replace(index=index))
+        lying = model.video(*look(visual, frames[index.flatten()], model.sees))
+        torch.testing.assert_close(found, model.scores(lying, episode(3, joint=joint)), rtol=1e-4, atol=1e-4)
+
+
+def test_an_inductive_episode_is_the_inductive_model():
+    """Trained joint, asked inductively: the mask alone differs."""
+    (joint, visual), (inductive, _), frames = shaken(), shaken(cross_video='inductive'), clips(1, B)
+    asked = features(joint, visual, frames, joint=False)
+    torch.testing.assert_close(asked, features(inductive, visual, frames))
+    assert not torch.allclose(asked, features(joint, visual, frames), atol=1e-3)
+
+
+def test_episode_helpers_by_hand():
+    ways = Episode(torch.tensor([0, 1, 1]), torch.tensor([[4, 2]]), ['a'] * 5, index=torch.tensor([[3, 0, 2, 1]]))
+    x = torch.tensor([[0.0], [1], [2], [3]]).half()
+    taken = ways.take(x)
+    assert taken.dtype == torch.float32 and taken.flatten().tolist() == [3, 0, 2, 1]
+    support, query = ways.split(taken)
+    assert ways.by_class(support).flatten().tolist() == [3, 1] and query.flatten().tolist() == [1]  # unequal: 3; (0 + 2) / 2
+
+
+def predictions(model, visual, frames, **options):
+    kept = model.video(*look(visual, frames.flatten(0, 1), model.sees))
+    return model.scores(kept, episode(len(frames), **options)).exp()
 
 
 @pytest.mark.parametrize('cross_video', ['joint', 'inductive', False])
 @torch.no_grad()
 def test_permuting_queries_permutes_scores(cross_video):
     model, frames = shaken(cross_video=cross_video), clips(1, B)
-    order = torch.randperm(B - WAY * SHOT, generator=torch.Generator().manual_seed(0))
-    shuffled = torch.cat([frames[:, :WAY * SHOT], frames[:, WAY * SHOT:][:, order]], 1)
-    torch.testing.assert_close(predictions(model, shuffled), predictions(model, frames)[:, order], rtol=1e-4, atol=1e-5)
+    order = torch.randperm(B - S, generator=torch.Generator().manual_seed(0))
+    shuffled = torch.cat([frames[:, :S], frames[:, S:][:, order]], 1)
+    torch.testing.assert_close(predictions(*model, shuffled), predictions(*model, frames)[:, order], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_episodes_of_a_batch_do_not_touch_each_other():
     model, frames = shaken(), clips(3, B)
-    together = model(frames, WAY * SHOT)
+    together = features(*model, frames)
     other = frames.clone()
     other[1] = clips(1, B, seed=2)[0]
-    changed = model(other, WAY * SHOT)
+    changed = features(*model, other)
     torch.testing.assert_close(changed[[0, 2]], together[[0, 2]], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(changed[1], together[1], atol=1e-2)
-    torch.testing.assert_close(model(frames[1:2], WAY * SHOT)[0], together[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features(*model, frames[1:2])[0], together[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('cross_video, others_change', [('joint', True), ('inductive', False), (False, False)])
 @torch.no_grad()
 def test_only_joint_attention_lets_queries_see_each_other(cross_video, others_change):
     model, frames = shaken(cross_video=cross_video), clips(1, B)
-    before = predictions(model, frames)
+    before = predictions(*model, frames)
     frames[0, -1] = clips(seed=5)
-    after = predictions(model, frames)
+    after = predictions(*model, frames)
     assert not torch.allclose(after[0, -1], before[0, -1], atol=1e-3)
     assert torch.allclose(after[0, :-1], before[0, :-1], atol=1e-6) == (not others_change)
 
@@ -229,67 +306,93 @@ def test_only_joint_attention_lets_queries_see_each_other(cross_video, others_ch
 @torch.no_grad()
 def test_reversing_time_changes_vba_and_not_the_mean_pool():
     model, frames = shaken(), clips(1, B)
-    assert not torch.allclose(model(frames.flip(2), 6), model(frames, 6), atol=1e-2)
-    pooled = [model.visual(normalised(f.flatten(0, 2))).unflatten(0, (B, T)).mean(1) for f in (frames, frames.flip(2))]
+    assert not torch.allclose(features(*model, frames.flip(2)), features(*model, frames), atol=1e-2)
+    pooled = [look(model[1], f[0], ('image',))[0].mean(1) for f in (frames, frames.flip(2))]
     torch.testing.assert_close(pooled[0], pooled[1])
 
 
 @pytest.mark.parametrize('adapter', [True, False])
 def test_only_what_should_train_gets_a_gradient(adapter):
-    model = shaken(temporal_adapter=adapter)
-    features = model(clips(1, B), WAY * SHOT)
-    labels = torch.arange(WAY)
-    scores = log_scores(features, WAY * SHOT, 10)
-    episode_loss(scores, labels.repeat_interleave(SHOT), labels.repeat_interleave(QUERIES), 'class').backward()
-    assert all(p.grad is None for p in model.visual.parameters())
+    model, visual = shaken(temporal_adapter=adapter)
+    loss, _ = Step(model)(look(visual, clips(B), model.sees), episode())
+    loss.backward()
+    assert all(p.grad is None for p in [*visual.parameters(), *(p for block in model.blocks for p in block.parameters())])
     without = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert not without
     assert bool(model.adapters) == adapter
-    assert not any(name.startswith('visual.') for name in trainable_state(model))
+    assert not any(name.startswith(('visual.', 'blocks.')) for name in trainable_state(model))
     if not adapter:
-        assert not encoded(model, clips(1))[0].requires_grad
+        assert not encoded(model, visual, clips(1))[0].requires_grad
 
 
-def test_chunks_of_the_frozen_part_change_nothing():
-    model, frames = fresh(), clips(20)  # 80 images: five chunks
-    whole = model.visual.embed(normalised(frames.flatten(0, 1)))
-    for block in model.visual.transformer.resblocks[:2]:
-        whole = block(whole)
-    (outputs,), features = model.frozen(frames, head=True)
-    torch.testing.assert_close(outputs.flatten(0, 1), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.flatten(0, 1), model.visual(normalised(frames.flatten(0, 1))), rtol=1e-4, atol=1e-5)
+def test_chunks_of_the_frozen_tower_change_nothing():
+    (_, visual), frames = fresh(), clips(20)  # 80 images: four chunks
+    x = visual.embed(normalised(frames.flatten(0, 1)))
+    expected = [x]
+    for block in visual.transformer.resblocks:
+        x = block(x)
+        expected.append(x)
+    pixels, image, two, none, five = look(visual, frames, ('pixels', 'image', 2, 0, 5))
+    assert torch.equal(pixels, frames)
+    torch.testing.assert_close(image.flatten(0, 1), visual(normalised(frames.flatten(0, 1))), rtol=1e-4, atol=1e-5)
+    for found, m in ((two, 2), (none, 0), (five, 5)):
+        torch.testing.assert_close(found.flatten(0, 1), expected[m], rtol=1e-4, atol=1e-5)
+
+
+def test_looking_goes_no_deeper_than_asked():
+    (_, visual), ran = fresh(), []
+    for m, block in enumerate(visual.transformer.resblocks):
+        block.register_forward_hook(lambda *args, m=m: ran.append(m))
+    look(visual, clips(1), (2,))
+    assert ran == [0, 1]
+    look(visual, clips(1), ('pixels',))
+    assert ran == [0, 1]
 
 
 def test_inductive_mask():
     assert inductive_mask(4, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
+def two_ways(labels, answers):
+    return Episode(torch.tensor(labels), torch.tensor([[0, 1]]), ['a', 'b'], answers=torch.tensor([answers]))
+
+
 def test_scores_by_hand():
     # supports along x, y and (3, 4)/5; the query along x: cosines 1, 0, 0.6; Temp 2
-    features = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [3.0, 4.0], [7.0, 0.0]]])
+    support, query = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [3.0, 4.0]]]), torch.tensor([[[7.0, 0.0]]])
     weights = [math.exp(2 * 1), math.exp(0), math.exp(2 * 0.6)]
     expected = torch.tensor([w / sum(weights) for w in weights])
-    log_score = log_scores(features, 3, 2.0)
+    log_score = (2.0 * cosine(query, support)).log_softmax(-1)
     torch.testing.assert_close(log_score[0, 0].exp(), expected)
-    unequal = class_scores(log_score, torch.tensor([0, 1, 1]), 2)  # class 1 has two supports: their mean
-    torch.testing.assert_close(unequal[0, 0], torch.stack([expected[0], (expected[1] + expected[2]) / 2]))
+    unequal = class_scores(log_score, two_ways([0, 1, 1], [0]))  # class 1 has two supports: their mean
+    torch.testing.assert_close(unequal[0, 0].exp(), torch.stack([expected[0], (expected[1] + expected[2]) / 2]))
 
 
 def test_losses_by_hand():
     p = torch.tensor([[[0.5, 0.2, 0.2, 0.1]]])  # one query of class 0; supports of classes 0, 0, 1, 1
-    support, query = torch.tensor([0, 0, 1, 1]), torch.tensor([0])
-    assert episode_loss(p.log(), support, query, 'class').item() == pytest.approx(-math.log(0.7))
+    ways = two_ways([0, 0, 1, 1], [0])
+    assert cross_entropy(class_scores(p.log(), ways), ways.answers).item() == pytest.approx(-math.log(0.7))
     by_hand = -(math.log(0.5) + math.log(0.2) + math.log(0.8) + math.log(0.9)) / 4
-    assert episode_loss(p.log(), support, query, 'pairwise').item() == pytest.approx(by_hand)
+    assert pairwise_loss(p.log(), ways).item() == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize('kind', ['class', 'pairwise'])
-def test_losses_stay_finite_at_temp_100(kind):
-    features = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)  # cosines 1 and -1
-    for queries in ([0, 1], [1, 0]):  # all right, all wrong
-        loss = episode_loss(log_scores(features, 2, 100.0), torch.arange(2), torch.tensor(queries), kind)
-        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, features)[0]).all()
-        assert loss.item() == pytest.approx(0 if queries == [0, 1] else 200)
+@pytest.mark.parametrize('pairwise', [False, True])
+def test_losses_stay_finite_at_temp_100(pairwise):
+    support = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)  # cosines 1 and -1
+    for answers in ([0, 1], [1, 0]):  # all right, all wrong
+        ways = two_ways([0, 1], answers)
+        log_score = (100.0 * cosine(support.detach(), support)).log_softmax(-1)
+        loss = pairwise_loss(log_score, ways) if pairwise else cross_entropy(class_scores(log_score, ways), ways.answers)
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, support)[0]).all()
+        assert loss.item() == pytest.approx(0 if answers == [0, 1] else 200)
+
+
+def test_cosines_are_float32_whatever_autocast_does():
+    x, y = torch.randn(3, 8, dtype=torch.bfloat16), torch.randn(5, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = cosine(x, y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, F.cosine_similarity(x.float()[:, None], y, dim=-1))
 
 
 def test_mlp_is_clips():
@@ -301,18 +404,28 @@ def test_mlp_is_clips():
 
 
 @pytest.mark.parametrize('adapter, recompute, half', [(True, True, True), (False, False, False)])
-def test_compiles_in_one_graph_with_the_same_gradients(monkeypatch, adapter, recompute, half):
+def test_compiles_in_one_graph_with_the_same_gradients(adapter, recompute, half):
     """fullgraph=True raises at a graph break. The backend traces forward and backward and runs them as they are."""
     torch._dynamo.reset()
-    monkeypatch.setattr('model.CPU_CHUNK', 1000)  # one chunk, as on a GPU
-    model, frames = shaken(temporal_adapter=adapter, recompute=recompute, levels=2), clips(2, B)
-    results = []
-    for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')):
+    (model, visual), frames = shaken(temporal_adapter=adapter, recompute=recompute, levels=2), clips(2 * B)
+    seen, results = look(visual, frames, model.sees), []
+    for forward in (Step(model), torch.compile(Step(model), fullgraph=True, dynamic=False, backend='aot_eager')):
         with torch.autocast('cpu', torch.bfloat16, enabled=half):
-            features = forward(frames, WAY * SHOT)
-        results.append([features.detach(), *torch.autograd.grad(features.square().sum(), trainable_parameters(model))])
+            loss, scores = forward(seen, episode(2))
+        results.append([scores.detach(), *torch.autograd.grad(loss, trainable_parameters(model))])
+    if half:  # rounding is large beside the smallest gradients: all as one vector
+        results = [[torch.cat([x.flatten() for x in found])] for found in results]
     for eager, compiled in zip(*results):
-        assert (compiled - eager).norm() <= (1e-2 if half else 1e-4) * eager.norm()
+        assert (compiled - eager).norm() <= (2e-2 if half else 1e-4) * eager.norm()
+
+
+def test_looking_compiles_in_one_graph(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr('model.CPU_CHUNK', 1000)  # one chunk, as on a GPU
+    (_, visual), frames = fresh(), clips(3)
+    compiled = torch.compile(look, fullgraph=True, dynamic=False, backend='aot_eager')
+    for x, y in zip(compiled(visual, frames, ('image', 3)), look(visual, frames, ('image', 3))):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize('adapter', [True, False])
@@ -320,51 +433,56 @@ def test_tokens_stay_in_the_dtype_of_autocast(monkeypatch, adapter):
     """From the first block to the aggregator, though on CUDA norms give float32: they are most of what training keeps."""
     norm = F.layer_norm
     monkeypatch.setattr(F, 'layer_norm', lambda x, *args: norm(x.float(), *args))
-    model, frames = shaken(temporal_adapter=adapter), clips(1, B)
-    seen = []
-    model.visual.transformer.resblocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    (model, visual), ran = shaken(temporal_adapter=adapter), []
+    visual.transformer.resblocks[0].register_forward_pre_hook(lambda block, args: ran.append(args[0]))
     with torch.autocast('cpu', torch.bfloat16):
-        frozen, _ = model.frozen(frames)
-        kept = model.kept(frozen)
-        assert {x.dtype for x in [*seen, *frozen, *kept, *model.tokens(kept)]} == {torch.bfloat16}
-        assert model(frames, WAY * SHOT).dtype == torch.float32
+        seen = look(visual, clips(B), model.sees)
+        brought = bring(seen, 'cpu')
+        kept, (_, *later) = model.kept(brought), model.video(*brought)
+        assert {x.dtype for x in [*ran, *kept, *later]} == {torch.bfloat16}
+        assert model.scores(model.video(*brought), episode()).dtype == torch.float32
 
 
-@pytest.mark.parametrize('adapter', [True, False])
-def test_what_is_kept_elsewhere_comes_to_the_device_of_the_model(monkeypatch, adapter):
-    """As in validation on a GPU, where the frozen part of each video waits in memory."""
-    monkeypatch.setattr('model.dtype_beside', lambda weight: weight.dtype)  # autocast knows no device `meta`
-    model = shaken(temporal_adapter=adapter)
-    frozen, _ = model.frozen(clips(2))
-    assert {x.device.type for x in model.to('meta').tokens(model.kept(frozen))} == {'meta'}
+def test_what_waits_elsewhere_in_half_precision_comes_to_the_device():
+    """As in validation on a GPU, where what CLIP shows of each video may wait in memory."""
+    brought = bring([torch.zeros(2, 3, dtype=torch.float16), torch.zeros(2, dtype=torch.uint8)], 'cpu')
+    assert [x.dtype for x in brought] == [torch.float32, torch.uint8]
+    with torch.autocast('cpu', torch.bfloat16):
+        assert bring([torch.zeros(2, 3)], 'cpu')[0].dtype == torch.bfloat16
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():
-    frames, results, kept = clips(1, B), [], []
+    frames, results, kept = clips(B), [], []
     for recompute in (False, True):
-        model, saved = shaken(recompute=recompute), []
+        (model, visual), saved = shaken(recompute=recompute), []
+        seen = look(visual, frames, model.sees)
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
-            features = model(frames, WAY * SHOT)
-        results.append(torch.autograd.grad(features.square().sum(), trainable_parameters(model)))
+            loss, _ = Step(model)(seen, episode())
+        results.append(torch.autograd.grad(loss, trainable_parameters(model)))
         kept.append(sum(saved))
     assert all(torch.equal(a, b) for a, b in zip(*results)) and kept[1] < 0.7 * kept[0]
 
 
 @pytest.mark.parametrize('adapter', [True, False])
-def test_frozen_part_in_bfloat16_is_near_and_trains(adapter):
+def test_tower_in_bfloat16_is_near_and_trains(adapter):
+    """Without autocast too: trained on a GPU, asked on a laptop."""
     frames = clips(1, B)
-    exact, half = shaken(temporal_adapter=adapter), shaken(temporal_adapter=adapter, frozen_dtype='bfloat16')
-    assert half.visual.conv1.weight.dtype == torch.bfloat16 and half.query.dtype == torch.float32
-    a, b = exact(frames, WAY * SHOT), half(frames, WAY * SHOT)
+    (exact, visual), (same, half) = shaken(temporal_adapter=adapter), shaken(temporal_adapter=adapter)
+    half.to(torch.bfloat16)
+    assert same.query.dtype == torch.float32 and all(p.dtype == torch.float32 for p in same.parameters())
+    a, b = features(exact, visual, frames), features(same, half, frames)
     assert a.dtype == b.dtype and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99
-    assert all(g is not None for g in torch.autograd.grad(b.sum(), trainable_parameters(half)))
+    assert all(g is not None for g in torch.autograd.grad(b.sum(), trainable_parameters(same)))
 
 
 @pytest.mark.cuda
 def test_cuda_compiled_half_precision_is_near_the_cpu():
-    frames = clips(2, B)
-    expected = shaken()(frames, WAY * SHOT)
-    model = torch.compile(shaken().cuda())
+    frames = clips(2 * B)
+    model, visual = shaken()
+    _, expected = Step(model)(look(visual, frames, model.sees), episode(2))
+    ways = episode(2)
+    ways = ways._replace(labels=ways.labels.cuda(), classes=ways.classes.cuda(), answers=ways.answers.cuda())
     with torch.autocast('cuda', torch.float16):
-        features = model(frames.cuda(), WAY * SHOT).float().cpu()
-    assert F.cosine_similarity(features, expected, dim=-1).min() > 0.99
+        seen = look(visual.cuda(), frames.cuda(), model.sees)
+        _, scores = torch.compile(Step(model.cuda()))(seen, ways)
+    assert (scores.exp().cpu() - expected.exp()).abs().max() < 0.05

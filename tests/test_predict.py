@@ -16,16 +16,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import clip_loader
-import eval as evaluation
 import predict
-from config import DEFAULTS
+import testing
+from config import DEFAULTS, ROOT, find_method
 from decode import UnreadableVideo, Video
-from model import class_scores, log_scores, trainable_state
+from model import VBA, Episode, bring, look, trainable_state
 from reader import ClipMaker
+from tools import timeline
 
 COLOURS = dict(blue=(20, 30, 220), green=(30, 200, 40), red=(220, 30, 20))
-OPTIONS = dict(frames=4, resize=32, levels=2, workers=0, device='cpu')
+OPTIONS = dict(frames=4, resize=32, workers=0, device='cpu', dtype='float32')
+CONFIG = DEFAULTS | OPTIONS
 
 
 def write_video(path, pictures, rate=10, times=None):
@@ -50,9 +53,9 @@ def shades(name, n, seed):
     return np.clip(COLOURS[name] + np.random.default_rng(seed).integers(-15, 16, (n, 3)), 0, 255)
 
 
-def random_clip():
+def random_clip(**text):
     torch.manual_seed(0)
-    return clip_loader.CLIP(32, 16, 64, 3, 16).float().eval()
+    return clip_loader.CLIP(32, 16, 64, 3, 16, **text).float().eval()
 
 
 @pytest.fixture(scope='module')
@@ -64,15 +67,16 @@ def world(tmp_path_factory):
             write_video(root / 'examples' / name / f'{i}.mp4', shades(name, 12, i))
     for i, name in enumerate(COLOURS):
         write_video(root / 'queries' / f'{name}.mp4', shades(name, 15, 10 + i))
-    clip = random_clip()
-    torch.save(clip.state_dict(), root / 'clip.pt')
-    for mode in ('joint', False):
-        config = dict(DEFAULTS, **OPTIONS, clip=str(root / 'clip.pt'), cross_video=mode, temp=20.0)
-        model = evaluation.build(config, clip)
-        for p in trainable_state(model).values():
+    torch.save(random_clip().state_dict(), root / 'clip.pt')
+    text = dict(vocab_size=514, context_length=24, text_width=64, text_layers=1)
+    torch.save(random_clip(**text).state_dict(), root / 'text.pt')
+    for name, mode in (('joint', 'joint'), ('other', 'joint'), ('False', False)):  # `other` differs by its parameters alone
+        config = CONFIG | VBA.options | dict(clip=str(root / 'clip.pt'), levels=2, cross_video=mode, temp=20.0)
+        clip = checkpoint.load_clip(config)
+        method = checkpoint.build(config, clip, ['a', 'b'])
+        for p in trainable_state(method).values():
             p += 0.05 * torch.randn_like(p)
-        torch.save(dict(model=trainable_state(model), config=config, weights_hash=clip_loader.weights_hash(clip.visual)),
-                   root / f'{mode}.pt')
+        checkpoint.save(str(root / f'{name}.pt'), method, clip, config, ['a', 'b'])
     return root
 
 
@@ -81,7 +85,7 @@ def call(world, monkeypatch, capsys):
     """predict.py with options -> exit status or message, stdout, stderr. Without a checkpoint these weights are named."""
     def run(**options):
         if 'ckpt' not in options:
-            options = dict(clip=world / 'clip.pt', resize=32, frames=4, levels=2) | options
+            options = dict(clip=world / 'clip.pt', resize=32, frames=4) | options
         options = dict(support=world / 'examples', workers=0, device='cpu') | options
         monkeypatch.setattr(sys, 'argv', ['predict.py', *(f'--{key}={value}' for key, value in options.items())])
         try:
@@ -94,71 +98,190 @@ def call(world, monkeypatch, capsys):
     return run
 
 
-def loaded(world, mode):
-    checkpoint = torch.load(world / f'{mode}.pt', weights_only=True)
-    model = evaluation.build(checkpoint['config'], random_clip())
-    model.load_state_dict(checkpoint['model'], strict=False)
-    return model, checkpoint['config']
+def options_for(world, name):
+    """Of a method: a checkpoint's name, 'mean_pool' or 'zero_shot'."""
+    untrained = dict(mean_pool={}, zero_shot=dict(method='zero_shot', clip=world / 'text.pt'))
+    return untrained.get(name, dict(ckpt=world / f'{name}.pt'))
+
+
+def loaded(world, name, **options):
+    """A method as predict.py builds it -> its config, CLIP and itself."""
+    if name in ('mean_pool', 'zero_shot'):
+        config = CONFIG | dict(method=name, clip=str(world / ('text.pt' if name == 'zero_shot' else 'clip.pt'))) | options
+    else:
+        saved = checkpoint.load(str(world / f'{name}.pt'))
+        config = CONFIG | saved['config'] | options
+    clip = checkpoint.load_clip(config)
+    method = checkpoint.build(config, clip, []).eval()
+    if name not in ('mean_pool', 'zero_shot'):
+        checkpoint.restore(method, clip, saved, name)
+    return config, clip, method
+
+
+def clips(n):
+    return torch.randint(0, 256, (n, 4, 3, 32, 32), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
 
 
 # ---- Scores
 
-def test_unequal_shots_by_hand():
+def cosines_by_hand(x, y):
+    return [[float(a @ b / a.norm() / b.norm()) for b in y.double()] for a in x.double()]
+
+
+def vba_by_hand(support, query, labels, temp):
+    """(3.6), (3.10): the mean over a class's examples of exp(temp * cosine), over the sum of these means."""
+    e = np.exp(temp * np.array(cosines_by_hand(query, support)))
+    means = np.stack([e[:, labels == c].mean(1) for c in labels.unique()], 1)
+    return means / means.sum(1, keepdims=True)
+
+
+def mean_pool_by_hand(support, query, labels):
+    """100, as in CLIP, times the cosine to the mean of a class's examples, each of length 1."""
+    units = support.double() / support.double().norm(dim=1, keepdim=True)
+    prototypes = torch.stack([units[labels == c].mean(0) for c in labels.unique()])
+    e = np.exp(100 * np.array(cosines_by_hand(query, prototypes)))
+    return e / e.sum(1, keepdims=True)
+
+
+def both(temp):
+    """The method that trains and the one that does not, made to keep of a video one vector."""
+    clip, config = random_clip(), VBA.options | dict(frames=4, levels=2, temp=temp, cross_video=False)
+    return VBA(clip, [], config), find_method('mean_pool')[0](clip, [], config)
+
+
+def labelled_as(monkeypatch, method, support, query, labels):
+    """What predict.py says where these are the vectors of examples and queries."""
+    monkeypatch.setattr(predict, 'encode', lambda *_: [query])
+    return predict.label(CONFIG, None, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), None)
+
+
+def test_unequal_shots_by_hand(monkeypatch):
     torch.manual_seed(1)
-    support, query, labels, temp = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 0, 1, 2, 2]), 7.0
+    support, query, labels, temp = 3 * torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 0, 1, 2, 2]), 7.0
+    trained, untrained = (labelled_as(monkeypatch, method, support, query, labels) for method in both(temp))
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
-    trained, untrained = (predict.score(support, query, labels, temp, kind) for kind in (True, False))
     for m in range(2):
         e = [np.exp(temp * float(query[m] @ s)) for s in support]
         means = [(e[0] + e[1] + e[2]) / 3, e[3], (e[4] + e[5]) / 2]
         assert np.allclose(trained[m], np.array(means) / sum(means), atol=1e-6)
         prototypes = [support[:3].mean(0), support[3], support[4:].mean(0)]
-        e = [np.exp(temp * float(query[m] @ p / p.norm())) for p in prototypes]
-        assert np.allclose(untrained[m], np.array(e) / sum(e), atol=1e-6)
+        e = [np.exp(100 * float(query[m] @ p / p.norm())) for p in prototypes]
+        assert np.allclose(untrained[m], np.array(e) / sum(e), atol=1e-4)
+    assert np.allclose(trained, vba_by_hand(support, query, labels, temp), atol=1e-6)
+    assert np.allclose(untrained, mean_pool_by_hand(support, query, labels), atol=1e-4)
 
 
-def test_equal_shots_are_those_of_the_test():
+def test_labels_need_no_order(monkeypatch):
+    torch.manual_seed(1)
+    support, query, labels, order = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 0, 1, 2, 2]), [4, 0, 3, 1, 5, 2]
+    for method in both(7.0):
+        expected = labelled_as(monkeypatch, method, support, query, labels)
+        assert torch.allclose(labelled_as(monkeypatch, method, support[order], query, labels[order]), expected, atol=1e-5)
+
+
+def test_equal_shots_are_those_of_the_test(monkeypatch):
     torch.manual_seed(2)
-    features, labels = F.normalize(torch.randn(8, 16), dim=-1), torch.arange(3).repeat_interleave(2)
-    cosines = evaluation.mean_pool(features, 3, 2)(torch.arange(8)[None])[0]
-    assert torch.allclose(predict.score(features[:6], features[6:], labels, 9.0, False), (9 * cosines).softmax(-1), atol=1e-6)
-    means = class_scores(log_scores(features[None], 6, 9.0), labels, int(labels.max()) + 1)[0]
-    assert torch.allclose(predict.score(features[:6], features[6:], labels, 9.0, True), 2 * means, atol=1e-6)
+    features, labels, names = torch.randn(26, 16), torch.arange(3).repeat_interleave(2), ['a', 'b', 'c']
+    index, classes, (trained, untrained) = torch.arange(26)[None], torch.arange(3)[None], both(9.0)
+    episode = Episode(labels, classes, names, joint=False, index=index)
+    for method in (trained, untrained):
+        ours = labelled_as(monkeypatch, method, features[:6], features[6:], labels)
+        drawn = index.numpy(), labels.numpy(), classes.numpy()
+        (answers,) = testing.answers(CONFIG, method, [features], *drawn, names, False, '').tolist()
+        assert ours.argmax(1).tolist() == answers and len(set(answers)) == 3
+        scores = method.scores([features], episode)[0]
+        means = 2 * scores.exp() if method is trained else scores.softmax(-1)  # of two shots a class, (3.10) adds up to 1/2
+        assert torch.allclose(ours, means, atol=1e-6)
 
 
-@pytest.mark.parametrize('mode', ['joint', False])
+@pytest.mark.parametrize('name', ['joint', 'False'])
 @torch.no_grad()
-def test_examples_first_then_queries_is_the_inductive_model(world, mode):
-    model, _ = loaded(world, mode)
-    frames = torch.randint(0, 256, (9, 4, 3, 32, 32), dtype=torch.uint8)  # 5 examples, 4 queries
-    autocast = torch.autocast('cpu', enabled=False)
-    features = predict.follow(model, *predict.encode_frames(model, frames[:5], True, 'cpu', autocast))
-    together = predict.follow(model, *predict.encode_frames(model, frames[5:], True, 'cpu', autocast), features)[-1]
-    alone = torch.cat([predict.follow(model, *predict.encode_frames(model, frame[None], True, 'cpu', autocast), features)[-1]
-                       for frame in frames[5:]])
-    model.mode = mode and 'inductive'
-    whole = model(frames[None], 5)[0]
-    assert torch.allclose(features[-1], whole[:5], atol=1e-5) and torch.allclose(together, whole[5:], atol=1e-5)
+def test_examples_first_then_queries_is_the_inductive_model(world, name):
+    config, clip, method = loaded(world, name)
+    frames, labels = clips(9), torch.tensor([0, 0, 1, 1, 2])  # 5 examples, 4 queries
+    examples = dict(classes=['a', 'b', 'c'], labels=labels, kept=predict.encode(config, clip, method, frames[:5]))
+    together = predict.label(config, clip, method, examples, frames[5:])
+    alone = torch.cat([predict.label(config, clip, method, examples, frame[None]) for frame in frames[5:]])
     assert torch.allclose(together, alone, atol=1e-5)
-    if mode:  # and it matters: the joint model's answer differs
-        model.mode = 'joint'
-        assert not torch.allclose(together, model(frames[None], 5)[0, 5:], atol=1e-3)
+
+    exact = method.video(*bring(look(clip.visual, frames, method.sees), 'cpu'))  # as in training
+    halved = [exact[0], *(x.half().float() for x in exact[1:])]  # tokens are kept in half precision
+
+    def whole(kept, joint):
+        return method.scores(kept, Episode(labels, torch.arange(3)[None], ['a', 'b', 'c'], joint))[0].softmax(-1)
+
+    assert torch.allclose(together, whole(halved, False), atol=1e-5)
+    assert torch.allclose(together, whole(exact, False), atol=1e-4)
+    assert torch.allclose(together, whole(halved, True), atol=1e-3) == (name == 'False')  # and it matters
 
 
+@torch.no_grad()
 def test_mean_pooled_features_are_those_of_the_test(world):
-    model, _ = loaded(world, 'joint')
-    frames = torch.randint(0, 256, (3, 4, 3, 32, 32), dtype=torch.uint8)
-    autocast = torch.autocast('cpu', enabled=False)
-    features, tokens = predict.encode_frames(model, frames, False, 'cpu', autocast)
-    by_frame = F.normalize(model.visual(model.normalise(frames.flatten(0, 1))), dim=-1).unflatten(0, (3, 4))
-    assert torch.allclose(features, F.normalize(by_frame.mean(1), dim=-1), atol=1e-5) and not tokens
+    config, clip, method = loaded(world, 'mean_pool')
+    frames = clips(3)
+    (kept,) = predict.encode(config, clip, method, frames)
+    by_frame = F.normalize(clip.visual(clip.visual.normalise(frames.flatten(0, 1))), dim=-1).unflatten(0, (3, 4))
+    assert torch.allclose(F.normalize(kept, dim=-1), F.normalize(by_frame.mean(1), dim=-1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_zero_shot_looks_at_class_names_alone(world, call):
+    config, clip, method = loaded(world, 'zero_shot')
+    result = call(query=world / 'queries', json=True, top=3, **options_for(world, 'zero_shot'))
+    texts = clip.texts(['blue', 'green', 'red'], ['a video of {}.'])
+    for row in result.rows:
+        maker = ClipMaker(config, 32)
+        image = F.normalize(clip.visual(clip.visual.normalise(maker.clip(Video(row['query']), None))), dim=-1).mean(0)
+        expected = (100 * texts @ F.normalize(image, dim=0)).softmax(0).tolist()
+        assert {i['name']: i['score'] for i in row['classes']} == pytest.approx(dict(zip(COLOURS, expected)), abs=1e-4)
+    assert len(result.rows) == 3 and result.rows[0]['method'] == 'zero_shot'
+
+
+# ---- Methods
+
+def test_a_method_that_must_be_trained_is_refused(call, world):
+    result = call(query=world / 'queries', method='vba', levels=2)
+    assert result.status == 'method=vba must be trained: --ckpt= names its checkpoint.'
+    assert 'no checkpoint of method=mean_pool' in call(query=world, ckpt=world / 'joint.pt', method='mean_pool').status
+    assert 'temp=20.0, not 3.0' in call(query=world, ckpt=world / 'joint.pt', temp=3.0).status
+    assert 'takes one checkpoint, not 2' in call(query=world, ckpt=[str(world / 'joint.pt'), str(world / 'False.pt')]).status
+
+
+def test_a_method_of_ones_own(call, world, tmp_path):
+    shutil.copy(f'{ROOT}/methods/mean_pool.py', tmp_path / 'my_idea.py')
+    ours, theirs = (call(query=world / 'queries', json=True, top=3, **options).rows
+                    for options in (dict(method=tmp_path / 'my_idea.py'), {}))
+    assert [row['classes'] for row in ours] == [row['classes'] for row in theirs] and len(ours) == 3
+    assert ours[0]['method'] == 'my_idea' and theirs[0]['method'] == 'mean_pool'
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(method='zero_shot'), 'image tower alone'),
+    (dict(method='zero_shot', clip='text.pt', templates=['a video']), 'needs {}'),
+    (dict(method='vba', levels=0), 'method=vba: levels=0, but the image tower has 3 blocks.'),
+    (dict(method=3), 'method=3'), (dict(method='nothing'), "no method 'nothing'")])
+def test_a_method_that_cannot_be_is_one_sentence(call, world, options, words):
+    options = options | (dict(clip=world / options['clip']) if 'clip' in options else {})
+    assert words in call(query=world / 'queries', **options).status
+
+
+@pytest.mark.parametrize('end', ['.py', ''])
+def test_a_strangers_checkpoint_chooses_no_code(call, world, tmp_path, end):
+    (tmp_path / 'idea.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\nfrom model import VBA as Method\n')
+    saved = torch.load(world / 'joint.pt', weights_only=True)
+    torch.save(saved | dict(config=saved['config'] | dict(method=str(tmp_path / 'idea') + end)), tmp_path / 'theirs.pt')
+    result = call(query=world / 'queries', ckpt=tmp_path / 'theirs.pt')
+    assert not (tmp_path / 'ran').exists() and 'outside this repository' in result.status
+    if end:
+        result = call(query=world / 'queries', ckpt=tmp_path / 'theirs.pt', method=tmp_path / 'idea.py')
+        assert (tmp_path / 'ran').exists() and result.status is None and 'idea, 3 classes' in result.out
 
 
 # ---- Whole clips
 
-@pytest.mark.parametrize('ckpt', [None, 'joint', 'False'])
-def test_clips_are_labelled_alone_as_together(world, call, ckpt):
-    options = dict(ckpt=world / f'{ckpt}.pt') if ckpt else {}
+@pytest.mark.parametrize('name', ['mean_pool', 'joint', 'False'])
+def test_clips_are_labelled_alone_as_together(world, call, name):
+    options = options_for(world, name)
     result = call(query=world / 'queries', json=True, top=3, **options)
     assert not result.status and [row['query'].split('/')[-1] for row in result.rows] == ['blue.mp4', 'green.mp4', 'red.mp4']
     for row in result.rows:
@@ -166,10 +289,11 @@ def test_clips_are_labelled_alone_as_together(world, call, ckpt):
         (alone,) = call(query=row['query'], json=True, top=3, **options).rows
         assert {i['name']: pytest.approx(i['score'], abs=1e-4) for i in row['classes']} == {
             i['name']: i['score'] for i in alone['classes']}
-    if not ckpt:
+    assert result.rows[0]['method'] == ('mean_pool' if name == 'mean_pool' else 'vba')
+    if name == 'mean_pool':
         assert [row['classes'][0]['name'] for row in result.rows] == ['blue', 'green', 'red']
         text = call(query=str(world / 'queries' / '*.mp4')).out
-        assert 'clip-mean-pool, 3 classes, 1 to 3 examples each' in text and 'green.mp4: green ' in text
+        assert 'mean_pool, 3 classes, 1 to 3 examples each' in text and 'green.mp4: green ' in text
 
 
 def test_a_failing_query_is_named_and_the_rest_go_on(world, call, tmp_path):
@@ -182,26 +306,67 @@ def test_a_failing_query_is_named_and_the_rest_go_on(world, call, tmp_path):
     assert call(query=paths[0]).status == '1 of 1 queries could not be read.'
 
 
-def test_saved_examples_give_the_same_and_need_no_clips(world, call, tmp_path):
-    for mode in (dict(), dict(ckpt=world / 'joint.pt')):
-        kept = tmp_path / f'kept{len(mode)}.pt'
-        first = call(query=world / 'queries', top=3, save_support=kept, **mode)
-        second = call(query=world / 'queries', top=3, support=kept, **mode)
-        assert first.out == second.out and not second.status and 'red' in first.out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['kept0.pt', 'kept1.pt']
+@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'joint', 'False'])
+def test_saved_examples_give_the_same_and_need_no_clips(world, call, tmp_path, name):
+    shutil.copytree(world / 'examples', tmp_path / 'examples')
+    options = options_for(world, name) | dict(top=3, json=True)
+    first = call(support=tmp_path / 'examples', query=world / 'queries', save_support=tmp_path / 'first.pt', **options)
+    assert call(support=tmp_path / 'examples', save_support=tmp_path / 'second.pt', **options).status is None  # without a query
+    shutil.rmtree(tmp_path / 'examples')
+    again = call(support=tmp_path / 'first.pt', query=world / 'queries', save_support=tmp_path / 'third.pt', **options)
+    assert len(first.rows) == 3 and {len(row['classes']) for row in first.rows} == {3} and again.rows == first.rows
+    for kept in ('second', 'third'):
+        assert call(support=tmp_path / f'{kept}.pt', query=world / 'queries', **options).rows == first.rows
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['first.pt', 'second.pt', 'third.pt']
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+def test_what_is_kept_is_that_of_the_examples_that_can_be_read(world, call, tmp_path, name):
+    shutil.copytree(world / 'examples', tmp_path / 'examples')
+    (tmp_path / 'examples' / 'blue' / '1.mp4').write_bytes(b'no video')
+    call(support=tmp_path / 'examples', save_support=tmp_path / 'kept.pt', **options_for(world, name))
+    saved = torch.load(tmp_path / 'kept.pt', weights_only=True)
+    assert saved['classes'] == ['blue', 'green', 'red'] and saved['labels'].tolist() == [0, 0, 1, 2, 2]
+    config, clip, method = loaded(world, name)
+    paths = [world / 'examples' / path for path in ('blue/0.mp4', 'blue/2.mp4', 'green/0.mp4', 'red/0.mp4', 'red/1.mp4')]
+    frames = torch.stack([ClipMaker(config, 32).clip(Video(str(path)), None) for path in paths])
+    for ours, expected in zip(saved['kept'], predict.encode(config, clip, method, frames), strict=True):
+        assert torch.allclose(ours.float(), expected.float(), atol=1e-3 if ours.dtype == torch.float16 else 1e-5)
 
 
 def test_saved_examples_of_something_else(world, call, tmp_path):
-    kept, query = tmp_path / 'kept.pt', world / 'queries' / 'red.mp4'
+    kept, of_joint, query = tmp_path / 'kept.pt', tmp_path / 'joint.pt', world / 'queries' / 'red.mp4'
     call(save_support=kept)
-    assert 'resize 32 (now 40)' in call(support=kept, query=query, resize=40).status
-    assert 'checkpoint None (now ' in call(support=kept, query=query, ckpt=world / 'joint.pt').status
+    call(save_support=of_joint, ckpt=world / 'joint.pt')
+    assert 'otherwise: resize 32 (now 40).' in call(support=kept, query=query, resize=40).status
+    assert 'otherwise: dtype float32 (now bfloat16).' in call(support=kept, query=query, dtype='bfloat16').status
+    status = call(support=kept, query=query, **options_for(world, 'zero_shot')).status
+    assert 'otherwise: method mean_pool (now zero_shot)' in status and 'weights' not in status
+    status = call(support=kept, query=query, ckpt=world / 'joint.pt').status
+    assert 'method mean_pool (now vba)' in status and 'levels None (now 2)' in status and 'parameters' in status
+    assert 'method vba (now mean_pool)' in call(support=of_joint, query=query).status
+    status = call(support=of_joint, query=query, ckpt=world / 'other.pt').status
+    assert 'otherwise: parameters ' in status and ',' not in status
+    assert 'cross_video joint (now False)' in call(support=of_joint, query=query, ckpt=world / 'False.pt').status
     clip = random_clip()
     clip.visual.proj.data.neg_()
     torch.save(clip.state_dict(), tmp_path / 'other.pt')
-    assert 'weights' in call(support=kept, query=query, clip=tmp_path / 'other.pt').status
+    assert 'otherwise: weights' in call(support=kept, query=query, clip=tmp_path / 'other.pt').status
     assert 'is no file of --save_support' in call(support=query, query=query).status
+    assert 'is no file of --save_support' in call(support=world / 'joint.pt', query=query).status
     assert 'There is no ' in call(support=tmp_path / 'none', query=query).status
+
+
+def test_saved_examples_of_a_method_that_was_edited(world, call, tmp_path):
+    """A reader works on `video` and calls again: what the old code kept is something else."""
+    with open(f'{ROOT}/methods/mean_pool.py') as file:
+        code = file.read()
+    mine, options = tmp_path / 'mine.py', dict(query=world / 'queries' / 'red.mp4', method=tmp_path / 'mine.py')
+    mine.write_text(code)
+    call(save_support=tmp_path / 'kept.pt', **options)
+    assert call(support=tmp_path / 'kept.pt', **options).status is None
+    mine.write_text(code.replace('.mean(1)', '.amax(1)'))
+    assert 'encoded otherwise' in str(call(support=tmp_path / 'kept.pt', **options).status)
 
 
 def test_an_unreadable_example_is_left_out_but_not_a_class(call, world, tmp_path):
@@ -211,7 +376,8 @@ def test_an_unreadable_example_is_left_out_but_not_a_class(call, world, tmp_path
     (tmp_path / '.hidden').mkdir()
     (tmp_path / 'red' / '1.mp4').write_bytes(b'no video')
     result = call(support=tmp_path, query=world / 'queries' / 'red.mp4')
-    assert not result.status and '2 classes, 1 to 2 examples' in result.out and str(tmp_path / 'red' / '1.mp4') in result.err
+    assert not result.status and 'mean_pool, 2 classes, 1 to 2 examples each' in result.out
+    assert str(tmp_path / 'red' / '1.mp4') in result.err
     (tmp_path / 'red' / '0.mp4').unlink()
     assert "Class 'red' has no clip that could be read" in call(support=tmp_path, query=world / 'queries' / 'red.mp4').status
     (tmp_path / 'blue' / '0.mp4').unlink()
@@ -254,8 +420,8 @@ def test_windows_take_the_frames_of_their_seconds(tmp_path, kind, window, stride
         times = np.cumsum(np.random.default_rng(3).integers(20, 400, n)) + (5000 if kind == 'late.mkv' else 0)
     stamps = None if kind.startswith('constant') else times.tolist()
     path = write_video(tmp_path / kind, map(grey, range(n)), rate, stamps)
-    config = dict(DEFAULTS, **OPTIONS, window=float(window), stride=float(stride))
-    found = [(start, end, frames_of(clip)) for start, end, clip in predict.windows(str(path), config, 32)]
+    config = dict(CONFIG, window=float(window), stride=float(stride))
+    found = [(start, end, frames_of(clip)) for start, end, clip in timeline.windows(str(path), config, 32)]
     times = (times - times[0]) / 1000
     for got, expected in zip(found, reference(times, found[-1][1], window, stride, 4), strict=True):
         assert got[:2] == pytest.approx(expected[:2]) and got[2] == expected[2]
@@ -264,17 +430,17 @@ def test_windows_take_the_frames_of_their_seconds(tmp_path, kind, window, stride
 
 def test_one_window_over_all_is_the_clip(tmp_path):
     path = str(write_video(tmp_path / 'clip.mp4', map(grey, range(24))))
-    config = dict(DEFAULTS, **OPTIONS, window=60.0, stride=1.0)
-    ((_, _, clip),) = predict.windows(path, config, 32)
+    config = dict(CONFIG, window=60.0, stride=1.0)
+    ((_, _, clip),) = timeline.windows(path, config, 32)
     assert torch.equal(clip, ClipMaker(config, 32).clip(Video(path), None))
 
 
 def test_rotated(tmp_path, monkeypatch):
     path = str(write_video(tmp_path / 'clip.mp4', map(grey, range(12))))
-    convert = predict.Converter.__call__
-    monkeypatch.setattr(predict.Converter, '__call__', lambda self, frame: np.rot90(convert(self, frame)))  # as it does
-    config = dict(DEFAULTS, **OPTIONS, window=60.0, stride=1.0)
-    assert [frames_of(clip) for *_, clip in predict.windows(path, config, 32)] == [[1, 4, 7, 10]]
+    convert = timeline.Converter.__call__
+    monkeypatch.setattr(timeline.Converter, '__call__', lambda self, frame: np.rot90(convert(self, frame)))  # as it does
+    config = dict(CONFIG, window=60.0, stride=1.0)
+    assert [frames_of(clip) for *_, clip in timeline.windows(path, config, 32)] == [[1, 4, 7, 10]]
 
 
 def test_a_frame_on_show_for_an_hour(tmp_path, monkeypatch):
@@ -287,9 +453,9 @@ def test_a_frame_on_show_for_an_hour(tmp_path, monkeypatch):
             super().append(item)
             lengths.append(len(self))
 
-    monkeypatch.setattr(predict, 'deque', Watched)
-    config = dict(DEFAULTS, **OPTIONS, window=2.0, stride=1.0)
-    found = [frames_of(clip) for *_, clip in predict.windows(path, config, 32)]
+    monkeypatch.setattr(timeline, 'deque', Watched)
+    config = dict(CONFIG, window=2.0, stride=1.0)
+    found = [frames_of(clip) for *_, clip in timeline.windows(path, config, 32)]
     assert 3600 <= len(found) <= 3602 and found[0] == [1, 1, 9, 9] and found[1800] == [9] * 4
     assert max(lengths) <= 3
 
@@ -305,22 +471,21 @@ def test_memory_is_flat(tmp_path, monkeypatch):
         return [picture]
 
     monkeypatch.setattr(ClipMaker, 'crop', counted)
-    config = dict(DEFAULTS, **OPTIONS, window=2.0, stride=1.0)
+    config = dict(CONFIG, window=2.0, stride=1.0)
     peaks = []
     for n in (60, 600):
         path = write_video(tmp_path / f'{n}.mp4', [grey(i % 60) for i in range(n)])
         most.clear(), made.clear()
-        count = sum(1 for _ in predict.windows(str(path), config, 32))
+        count = sum(1 for _ in timeline.windows(str(path), config, 32))
         assert count == n // 10 - 1 and len(made) <= 4 * count
         peaks.append(max(most))
     assert peaks[0] == peaks[1] <= 8  # T frames of each of the two windows that are open at a time
 
 
-@pytest.mark.parametrize('ckpt', [None, 'joint'])
-def test_timeline_of_two_halves(world, call, tmp_path, ckpt):
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+def test_timeline_of_two_halves(world, call, tmp_path, name):
     path = write_video(tmp_path / 'long.mp4', [*shades('red', 100, 5), *shades('blue', 100, 6)])
-    options = dict(ckpt=world / f'{ckpt}.pt') if ckpt else {}
-    options |= dict(query=path, window=2.0, stride=0.5, csv=tmp_path / 'timeline.csv')
+    options = options_for(world, name) | dict(query=path, window=2.0, stride=0.5, csv=tmp_path / 'timeline.csv')
     (row,) = call(json=True, **options).rows
     with open(tmp_path / 'timeline.csv', newline='') as file:
         rows = list(csv.DictReader(file))
@@ -331,7 +496,7 @@ def test_timeline_of_two_halves(world, call, tmp_path, ckpt):
     parts = row['timeline']
     assert parts[0]['start'] == 0 and parts[-1]['end'] == 20
     assert all(a['end'] == b['start'] and a['name'] != b['name'] for a, b in zip(parts, parts[1:]))
-    if not ckpt:  # random aggregators know no colours
+    if name == 'mean_pool':  # random aggregators know no colours
         assert [part['name'] for part in parts if part['end'] - part['start'] > 2.01] == ['red', 'blue']
         assert max(part['end'] for part in parts if part['name'] == 'red') == pytest.approx(10, abs=1)
         assert min(part['start'] for part in parts if part['name'] == 'blue') == pytest.approx(10, abs=1)
@@ -349,27 +514,49 @@ def test_windows_of_what_cannot_be_read(world, call, tmp_path):
 
 def test_windows_from_their_own_process_and_its_death(tmp_path):
     path = write_video(tmp_path / 'long.mp4', shades('red', 300, 5))
-    config = dict(DEFAULTS, **OPTIONS, window=2.0, stride=0.5)
-    here, apart = list(predict.windows(str(path), config, 32)), list(predict.windows_apart(str(path), config, 32))
+    config = dict(CONFIG, window=2.0, stride=0.5)
+    here, apart = list(timeline.windows(str(path), config, 32)), list(timeline.windows_apart(str(path), config, 32))
     assert len(here) == 57
     for (start, end, clip), (other_start, other_end, other) in zip(here, apart, strict=True):
         assert (start, end) == (other_start, other_end) and torch.equal(clip, other)
-    slide = predict.windows_apart(str(path), config, 32)
+    slide = timeline.windows_apart(str(path), config, 32)
     next(slide)
     multiprocessing.active_children()[-1].kill()
     with pytest.raises(UnreadableVideo, match='crashed'):
         list(slide)
 
 
-@pytest.mark.parametrize('ckpt', ['joint', None])
-def test_half_precision_ends_where_it_should(world, call, monkeypatch, ckpt):
-    """Autocast as on CUDA: scores are computed in float32, outside of it."""
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+def test_half_precision_is_computed_in(world, call, monkeypatch, name):
+    """And it is over where the call is: an autocast that is entered twice is never left."""
     inside = []
-    monkeypatch.setattr(predict, 'resolve_device', lambda config: ('cpu', torch.bfloat16))
-    monkeypatch.setattr(predict, 'score', lambda *args, score=predict.score: inside.append(
-        torch.is_autocast_enabled('cpu')) or score(*args))
-    result = call(query=world / 'queries', json=True, **(dict(ckpt=world / f'{ckpt}.pt') if ckpt else {}))
-    assert result.status is None and result.rows and inside and not any(inside)
+    monkeypatch.setattr(predict, 'look', lambda *args: inside.append(
+        torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu')) or look(*args))
+    half, full = (call(query=world / 'queries', json=True, top=3, dtype=dtype, **options_for(world, name))
+                  for dtype in ('bfloat16', 'float32'))
+    assert inside[:len(inside) // 2] == [torch.bfloat16] * (len(inside) // 2) and not any(inside[len(inside) // 2:]) and inside
+    assert half.status is None and half.rows != full.rows and not torch.is_autocast_enabled('cpu')
+    assert all(sum(item['score'] for item in row['classes']) == pytest.approx(1, abs=1e-5) for row in half.rows)
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+@torch.no_grad()
+def test_half_precision_ends_where_it_should(world, monkeypatch, name):
+    """Autocast as on CUDA: from features on, scores are computed in float32."""
+    config, clip, method = loaded(world, name, dtype='bfloat16')
+    frames, labels, found = clips(9), torch.tensor([0, 0, 0, 1, 2]), []
+    examples = dict(classes=['a', 'b', 'c'], labels=labels, kept=predict.encode(config, clip, method, frames[:5]))
+    if name == 'mean_pool':
+        (query,) = predict.encode(config, clip, method, frames[5:])
+        expected = mean_pool_by_hand(examples['kept'][0], query, labels)
+    else:
+        features = method.features
+        monkeypatch.setattr(method, 'features', lambda *args: found.append(features(*args)) or found[-1])
+    scores = predict.label(config, clip, method, examples, frames[5:])
+    if found:
+        expected = vba_by_hand(found[0][0, :5], found[0][0, 5:], labels, 20.0)
+        assert found[0].dtype == torch.float32
+    assert scores.dtype == torch.float32 and np.allclose(scores, expected, atol=1e-4)
 
 
 def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
@@ -381,12 +568,13 @@ def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
 
 def test_merge():
     rows = [(0, 2, 'a', 0.5), (1, 3, 'a', 0.7), (2, 4, 'b', 0.9), (3, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
-    assert list(predict.merge(rows)) == [(0, 2.5, 'a', 0.6), (2.5, 3.5, 'b', 0.9), (3.5, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
-    assert list(predict.merge([])) == []
+    assert list(timeline.merge(rows)) == [(0, 2.5, 'a', 0.6), (2.5, 3.5, 'b', 0.9), (3.5, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
+    assert list(timeline.merge([])) == []
 
 
 def test_needs(call, world):
     assert 'needs --support' in call().status
     assert 'Cannot write' in call(query=world / 'queries', csv=world / 'none' / 'x.csv').status
-    assert 'Cannot write' in call(save_support=world / 'none' / 'x.pt').status
+    assert 'Cannot write' in call(save_support=world / 'clip.pt' / 'x.pt').status  # no folder
     assert 'window=-1' in call(query=world, window=-1.0).status
+    assert 'stride=0' in call(query=world, window=1.0, stride=0).status

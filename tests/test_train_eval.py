@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
+import encoding
 import eval as evaluation
+import testing
 import train
 from clip_loader import CLIP
-from config import load_config
-from encoding import encode, encode_frozen, encode_split, subset
-from model import class_scores, log_scores
+from config import MACHINE, find_method, load_config, resolve
+from model import Episode, bring, look
+from reader import ClipReader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'demo'))
@@ -40,7 +46,7 @@ def world(tmp_path_factory):
     clip = CLIP(32, 16, 128, 3, 32, vocab_size=514, context_length=40, text_width=64, text_layers=1)
     torch.save(clip.state_dict(), root / 'clip.pt')
     (root / 'config.py').write_text(f'''config = dict(
-    dataset='tiny', data_root={str(root / 'clips')!r}, clip={str(root / 'clip.pt')!r}, resize=32, frames=4, levels=2,
+    dataset='tiny', data_root={str(root / 'clips')!r}, clip={str(root / 'clip.pt')!r}, resize=32, frames=4, vba=dict(levels=2),
     flip=False, way=2, shot=2, queries=2, meta_batch=2, max_iters=6, eval_interval=3, log_interval=2, val_episodes=10,
     test_shots=[1, 2], test_episodes=30, lr=1e-3, splits=dict(train={names[:4]}, val={names[4:6]}, test={names[6:]}))
 ''')
@@ -55,9 +61,10 @@ class Result:
 
 
 def run(script, world, *options, check=True):
-    """A script's main() in this process, which spares it the imports."""
+    """A script's main() in this process, which spares it the imports. world: its folder, or a config's path."""
     output, error, handlers = io.StringIO(), None, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    argv, sys.argv = sys.argv, [script.__name__, str(world / 'config.py'), *SPEED, *options]
+    sample = str(world / 'config.py' if world.is_dir() else world)
+    argv, sys.argv = sys.argv, [script.__name__, sample, *SPEED, *options]
     try:
         with contextlib.redirect_stdout(output):
             script.main()
@@ -87,6 +94,23 @@ def same(a, b):
             and all(torch.equal(x[key], y[key]) for x, y in optimizers for key in x))
 
 
+def rows_of(out_dir):
+    """results.json without what depends on the clock or the place."""
+    return [{k: v for k, v in row.items() if k not in ('seconds', 'checkpoint')}
+            for row in json.loads((out_dir / 'results.json').read_text())]
+
+
+def with_empty(world, tmp_path, *names):
+    """The clips, and beside them these files that nothing can be read from -> the option that names their folder."""
+    for folder in (world / 'clips').iterdir():
+        (tmp_path / 'clips' / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            (tmp_path / 'clips' / folder.name / file.name).symlink_to(file)
+    for name in names:
+        (tmp_path / 'clips' / name).touch(exist_ok=False)
+    return f'--data_root={tmp_path / "clips"}'
+
+
 @pytest.fixture(scope='session')
 def trained(world):
     out_dir = world / 'whole'
@@ -99,20 +123,33 @@ def test_training_writes_what_it_promises(world, trained):
     assert [entry['iter'] for entry in log(out_dir)] == [2, 4, 6]
     rows = json.loads((out_dir / 'results.json').read_text())
     assert [(row['method'], row['shot']) for row in rows] == [
-        (method, shot) for shot in (1, 2) for method in ('clip-mean-pool', 'clip-zero-shot', 'vba-joint', 'vba-inductive')]
+        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'zero_shot', 'vba joint', 'vba inductive')]
     for row in rows:
         assert {'dataset', 'split', 'way', 'queries', 'episodes', 'episodes_hash', 'accuracy', 'ci95', 'frames', 'sampling',
                 'backbone', 'weights_hash', 'seed', 'seconds', 'missing'} <= set(row)
-        assert row['split'] == 'test' and row['transductive'] == (row['method'] == 'vba-joint')
-        assert row['text'] == (row['method'] == 'clip-zero-shot')
-    assert 'validation' in output
+        assert row['split'] == 'test' and row['transductive'] == (row['method'] == 'vba joint')
+        assert row['text'] == (row['method'] == 'zero_shot')
+        assert (row['checkpoint'] == str(out_dir / 'best.pt')) == (row['parameters'] > 0) == row['method'].startswith('vba')
+    assert 'validation' in output and not list(out_dir.glob('features_*'))
 
 
-def test_checkpoint_holds_only_what_trains(trained):
-    checkpoint = torch.load(trained[0] / 'last.pt', weights_only=True)
-    assert not any(name.startswith('visual.') for name in checkpoint['model'])
-    assert len(checkpoint['optimizer']['state']) == len(checkpoint['model'])
-    assert checkpoint['config']['dataset'] == 'tiny' and len(checkpoint['weights_hash']) == 64
+def test_checkpoint_holds_only_what_trains(world, trained):
+    saved = torch.load(trained[0] / 'last.pt', weights_only=True)
+    assert not any(name.startswith(('visual.', 'blocks.', 'clip.')) for name in saved['model'])
+    assert len(saved['optimizer']['state']) == len(saved['model'])
+    assert saved['config']['dataset'] == 'tiny' and saved['config']['levels'] == 2 and len(saved['weights_hash']) == 64
+    assert saved['names'] == ['move right', 'move left', 'move up', 'move down']
+
+
+def test_a_checkpoint_leaves_the_machine_alone(world, trained, tmp_path):
+    """Its config says nothing of where it was made, and without a sample config all the rest comes from it."""
+    saved = torch.load(trained[0] / 'best.pt', weights_only=True)
+    assert not {'device', 'dtype', 'out_dir', 'workers', 'features_dir', 'resume'} & set(saved['config'])
+    assert not set(saved['config']) & set(MACHINE)
+    options = [f'--ckpt={trained[0] / "best.pt"}', '--test_shots=[2]']
+    config, ((path, _, own),) = checkpoint.configure(options, evaluation.OPTIONS)
+    assert config['out_dir'] == str(trained[0]) and path == str(trained[0] / 'best.pt')
+    assert (config['dataset'], config['test_episodes'], config['test_shots'], own['levels']) == ('tiny', 30, [2], 2)
 
 
 def test_same_seed_same_run_and_another_seed_another(world, trained):
@@ -127,17 +164,18 @@ def test_resumed_run_equals_the_uninterrupted_one(world, trained):
     run(train, world, f'--out_dir={out_dir}', '--max_iters=3')
     run(train, world, f'--out_dir={out_dir}', '--resume=True')
     assert losses(out_dir)[1:] == losses(trained[0])[1:] and same(out_dir / 'last.pt', trained[0] / 'last.pt')
+    assert rows_of(out_dir) == rows_of(trained[0])
 
 
 def test_a_signal_ends_the_run_after_the_step(world, trained, tmp_path, monkeypatch):
-    def validate(*args, validate=evaluation.validate):
+    def validate(*args, validate=testing.validate):
         os.kill(os.getpid(), signal.SIGTERM)  # during the validation after step 3
         return validate(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, 'validate', validate)
+        patched.setattr(testing, 'validate', validate)
         result = run(train, world, f'--out_dir={tmp_path}', check=False)
-    assert 'Stopped at step 4 by a signal' in result.error and 'encoded' not in result.output
+    assert 'Stopped at step 4 by a signal' in result.error and 'test videos' not in result.output
     run(train, world, f'--out_dir={tmp_path}', '--resume=True')
     assert losses(tmp_path) == losses(trained[0]) and same(tmp_path / 'last.pt', trained[0] / 'last.pt')
 
@@ -161,8 +199,8 @@ def test_full_disk_is_told_at_the_start(world, tmp_path, monkeypatch):
 
 
 def test_resume_with_other_options_names_them(world, trained):
-    result = run(train, world, f'--out_dir={trained[0]}', '--resume=True', '--lr=0.5', check=False)
-    assert 'lr=0.001 (now 0.5)' in result.error
+    result = run(train, world, f'--out_dir={trained[0]}', '--resume=True', '--lr=0.5', '--levels=1', check=False)
+    assert 'lr=0.001 (now 0.5)' in result.error and 'levels=2 (now 1)' in result.error and result.error.count('(now') == 2
 
 
 def test_kept_features_train_like_frames(world, tmp_path):
@@ -172,6 +210,24 @@ def test_kept_features_train_like_frames(world, tmp_path):
         run(train, world, f'--out_dir={tmp_path / name}', f'--cache_prefix={kept}', *options)
     assert losses(tmp_path / 'one')[0][1] == pytest.approx(losses(tmp_path / 'frames')[0][1], rel=1e-2)
     assert losses(tmp_path / 'two') == losses(tmp_path / 'again')
+
+
+def test_features_dir_spares_a_second_training_the_encoding(world, tmp_path):
+    """Validation and draws are kept for all runs that see the same of the videos, whatever they make of it."""
+    options = ['--cache_prefix=2', '--max_iters=2']
+    run(train, world, *options, f'--out_dir={tmp_path / "none"}')
+    shared = [*options, f'--features_dir={tmp_path / "kept"}']
+    first = run(train, world, *shared, f'--out_dir={tmp_path / "1"}')
+    assert first.output.count('encoded 24 of 24 train videos') == 2 and 'encoded 12 of 12 val videos' in first.output
+    again = run(train, world, *shared, f'--out_dir={tmp_path / "2"}')
+    other = run(train, world, *shared, f'--out_dir={tmp_path / "3"}', '--lr=2e-3')
+    for output in (again.output, other.output):
+        assert output.count('encoded 0 of 24 train videos') == 2 and 'encoded 0 of 12 val videos' in output
+    assert 'encoded 0 of 12 test videos' in again.output and 'encoded 12 of 12 test videos' in other.output
+    assert losses(tmp_path / 'none') == losses(tmp_path / '1') == losses(tmp_path / '2')
+    assert rows_of(tmp_path / 'none') == rows_of(tmp_path / '1') == rows_of(tmp_path / '2')
+    randaug = run(train, world, *shared, f'--out_dir={tmp_path / "4"}', '--augment=randaug')  # other draws, the same validation
+    assert randaug.output.count('encoded 24 of 24 train videos') == 2 and 'encoded 0 of 12 val videos' in randaug.output
 
 
 def test_loss_that_is_not_finite_stops(world):
@@ -188,32 +244,93 @@ def test_eval_from_checkpoint_gives_the_same_table(world, trained):
         assert {k: v for k, v in row.items() if k != 'seconds'} == {k: v for k, v in other.items() if k != 'seconds'}
 
 
-def rows_of(out_dir):
-    """results.json without what depends on the clock or the place."""
-    return [{k: v for k, v in row.items() if k not in ('seconds', 'checkpoint')}
-            for row in json.loads((out_dir / 'results.json').read_text())]
+# ---- What is kept of the videos
 
-
-def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path):
-    """features_dir: the same table; a second test encodes nothing; a file cut in the middle of a video goes on from there."""
-    ckpt = f'--ckpt={trained[0] / "best.pt"}'
-    first = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "1"}')
+def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path, monkeypatch):
+    """features_dir: the same table; a second test encodes nothing; a file that lacks a block goes on from there."""
+    monkeypatch.setattr(encoding, 'BLOCK', 4)
+    options = [f'--ckpt={trained[0] / "best.pt"}', f'--features_dir={tmp_path}']
+    first = run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
     assert 'encoded 12 of 12 test videos' in first.output and rows_of(tmp_path / '1') == rows_of(trained[0])
-    again = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
-    assert 'encoded 0 of 12' in again.output
+    again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
+    assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[4:]
+    file, = tmp_path.glob('features_test_*.bin')
+    whole, sizes = file.read_bytes(), (128, 128, 512, 4096)  # bytes a video: mean_pool, zero_shot, vba's Q*_0 and its tokens
+    assert len(whole) == 64 + 12 * sum(sizes) and whole[:12] == bytes([encoding.DONE] * 12)
+    for undone in (slice(4, 8), slice(6, 7)):  # a block; a video, and with it its block
+        broken, start = bytearray(whole), 64
+        broken[undone] = bytes(len(whole[undone]))
+        for size in sizes:
+            broken[start + 4 * size:start + 8 * size] = b'\xff' * 4 * size  # nan
+            start += 12 * size
+        file.write_bytes(broken)
+        cut = run(evaluation, world, *options, f'--out_dir={tmp_path / "3"}')
+        assert 'encoded 4 of 12' in cut.output and file.read_bytes() == whole and rows_of(tmp_path / '3') == rows_of(trained[0])
+    run(evaluation, world, *options, f'--out_dir={tmp_path / "4"}', '--probe=True')
+    assert len(list(tmp_path.glob('*.bin'))) == 2  # other features, another file
+
+
+def test_features_file_that_was_cut_off_is_no_whole_one(world, trained, tmp_path):
+    """Its states are at its start: what they call done may be gone."""
+    options = [f'--ckpt={trained[0] / "best.pt"}', f'--features_dir={tmp_path}', '--test_shots=[2]']
+    run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
     file, = tmp_path.glob('features_test_*.bin')
     whole = file.read_bytes()
     file.write_bytes(whole[:len(whole) // 12 * 7 + 5])
-    cut = run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "3"}')
-    assert 'encoded 5 of 12' in cut.output and file.read_bytes() == whole and rows_of(tmp_path / '3') == rows_of(trained[0])
-    run(evaluation, world, ckpt, f'--features_dir={tmp_path}', f'--out_dir={tmp_path / "4"}', '--probe=True')
-    assert len(list(tmp_path.glob('*.bin'))) == 2  # other features, another file
+    cut = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')
+    assert 'encoded 0 of' not in cut.output
+    assert file.read_bytes() == whole and rows_of(tmp_path / '2') == rows_of(tmp_path / '1') == rows_of(trained[0])[4:]
+
+
+def test_interrupted_encoding_goes_on(world, trained, tmp_path, monkeypatch):
+    """Stopped in the middle of the second block of three."""
+    monkeypatch.setattr(encoding, 'BLOCK', 4)
+    calls = itertools.count()
+
+    def videos(*args, videos=encoding.videos):
+        if next(calls) == 3 * 2 + 1:  # of three methods, black frames once, then block by block
+            raise KeyboardInterrupt
+        return videos(*args)
+
+    options = [f'--ckpt={trained[0] / "best.pt"}', f'--features_dir={tmp_path}', f'--out_dir={tmp_path}']
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(encoding, 'videos', videos)
+        run(evaluation, world, *options)
+    assert 'encoded 8 of 12' in run(evaluation, world, *options).output and rows_of(tmp_path) == rows_of(trained[0])
 
 
 def test_features_that_exceed_memory_go_into_a_file(world, trained, tmp_path):
     result = run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--features_gb=0', f'--out_dir={tmp_path}')
     assert str(tmp_path / 'features_test_') in result.output and rows_of(tmp_path) == rows_of(trained[0])
+    (tmp_path / 'file').touch()
+    stopped = run(evaluation, world, f'--features_dir={tmp_path / "file"}', f'--out_dir={tmp_path}', check=False)
+    assert 'Cannot write the features into' in stopped.error and '--features_dir=' in stopped.error
 
+
+def test_unreadable_test_videos_leave_the_rows_of_the_others(world, trained, tmp_path, capfd):
+    """The table of the clips that can be read: these are drawn from as if there were no others."""
+    options = [f'--ckpt={trained[0] / "best.pt"}', f'--features_dir={tmp_path}',
+               with_empty(world, tmp_path, 'fade in/0002x.mp4', 'fade out/0.mp4')]
+    first = run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
+    assert 'encoded 14 of 14' in first.output and capfd.readouterr().err.count('left out') == 2
+    assert rows_of(tmp_path / '1') == [{**row, 'missing': 2} for row in rows_of(trained[0])]
+    again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')  # the file knows which these are
+    assert 'encoded 0 of 14' in again.output and rows_of(tmp_path / '2') == rows_of(tmp_path / '1')
+
+
+@pytest.mark.parametrize('block, kept', [(16, 0), (4, 2), (16, 2)])
+def test_unreadable_training_and_validation_videos(world, tmp_path, monkeypatch, capfd, block, kept):
+    """The rest of the class is enough for episodes: the run ends well, and says once of each video what takes its place."""
+    monkeypatch.setattr(encoding, 'BLOCK', block)
+    options = [with_empty(world, tmp_path, 'move right/0002x.mp4', 'grow/0.mp4'), f'--cache_prefix={kept}', '--max_iters=4']
+    run(train, world, *options, f'--out_dir={tmp_path / "run"}')
+    said = capfd.readouterr().err
+    assert said.count('another of its class takes its place') == 1 and said.count('left out') == 1
+    assert len(rows_of(tmp_path / 'run')) == 8 and all(row['missing'] == 0 for row in rows_of(tmp_path / 'run'))
+    assert all(np.isfinite(loss) for _, loss, _ in losses(tmp_path / 'run'))
+
+
+# ---- Several checkpoints, lists of episodes, other data
 
 def test_episodes_saved_and_loaded(world, trained, tmp_path):
     """Another seed with the saved list gives the first seed's test; what the list lacks is said."""
@@ -230,48 +347,129 @@ def test_episodes_saved_and_loaded(world, trained, tmp_path):
 
 
 def test_several_checkpoints_give_each_and_all(world, trained, tmp_path):
-    for seed in (1, 2):
-        run(train, world, f'--out_dir={tmp_path / f"seed{seed}"}', f'--seed={seed}', '--max_iters=3')
+    """All that differ by their seeds alone are averaged, and only these."""
+    for seed, levels in ((1, 2), (2, 2), (3, 1)):
+        run(train, world, f'--out_dir={tmp_path / f"seed{seed}"}', f'--seed={seed}', f'--levels={levels}', '--max_iters=3')
     result = run(evaluation, world, f'--ckpt={tmp_path}/seed*/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path}')
     rows = json.loads((tmp_path / 'results.json').read_text())
-    for mode in ('vba-joint', 'vba-inductive'):
-        one, two, both = (row for row in rows if row['method'] == mode)
-        assert one['checkpoint'].endswith('seed1/best.pt') and two['checkpoint'].endswith('seed2/best.pt')
+    for mode in ('vba joint', 'vba inductive'):
+        one, two, three, both = (row for row in rows if row['method'] == mode)
+        assert [row['checkpoint'] for row in (one, two, three)] == [f'{tmp_path}/seed{seed}/best.pt' for seed in (1, 2, 3)]
+        assert both['checkpoint'] == [one['checkpoint'], two['checkpoint']]
         assert both['accuracy'] == pytest.approx((one['accuracy'] + two['accuracy']) / 2)
         assert both['spread'] == pytest.approx(abs(one['accuracy'] - two['accuracy']) / 2 ** 0.5)
-    assert '2 checkpoints' in result.output
-    alone = run(evaluation, world, f'--ckpt={tmp_path}/seed2/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path / "alone"}')
-    expected = [row['accuracy'] for row in json.loads((tmp_path / 'alone' / 'results.json').read_text())]
-    assert expected == [row['accuracy'] for row in (rows[0], rows[1], rows[4], rows[5])] and alone.error is None
-    run(train, world, f'--out_dir={tmp_path / "seed3"}', '--levels=1', '--max_iters=3')
-    assert 'levels=2, not 1' in run(evaluation, world, f'--ckpt={tmp_path}/seed*/best.pt', check=False).error
+    assert result.output.count('2 checkpoints') == 2 and '3 checkpoints' not in result.output
+    run(evaluation, world, f'--ckpt={tmp_path}/seed2/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path / "alone"}')
+    assert rows_of(tmp_path / 'alone') == [rows_of(tmp_path)[i] for i in (0, 1, 4, 5)]
+
+
+def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, trained, tmp_path):
+    """Each gets the rows that it gets alone; the videos are encoded once for those that see the same."""
+    for option in ('levels=1', 'frames=2'):
+        run(train, world, f'--out_dir={tmp_path / option}', f'--{option}', '--max_iters=3', '--test_shots=[1]')
+    folders = [trained[0], tmp_path / 'levels=1', tmp_path / 'frames=2']
+    result = run(evaluation, world, f'--ckpt={[str(folder / "best.pt") for folder in folders]}', '--test_shots=[1]',
+                 f'--out_dir={tmp_path}')
+    expected = rows_of(trained[0])[:4] + rows_of(folders[1])[2:] + rows_of(folders[2])[2:]
+    assert rows_of(tmp_path) == expected and [row['frames'] for row in expected] == [4] * 6 + [2] * 2
+    assert len({row['episodes_hash'] for row in expected}) == 1 and result.output.count('encoded 12 of 12') == 2
+    assert result.output.count('(paired)') == 8 * 7 // 2 and 'checkpoints, spread' not in result.output
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    name = [row['method'] + (f' ({os.path.relpath(row["checkpoint"])})' if row['checkpoint'] else '') for row in rows]
+    for i, j in itertools.combinations(range(8), 2):
+        said, = re.findall(re.escape(f'{name[j]} - {name[i]}: ') + '([+-][0-9.]+) ± ', result.output)
+        assert float(said) == pytest.approx(rows[j]['accuracy'] - rows[i]['accuracy'], abs=0.0051)
 
 
 def test_several_ways_from_one_encoding(world):
     run(evaluation, world, '--test_split=train', '--test_ways=[2, 4]', '--test_shots=[1]', f'--out_dir={world / "ways"}')
-    assert [row['way'] for row in rows_of(world / 'ways') if row['method'] == 'clip-mean-pool'] == [2, 4]
+    assert [row['way'] for row in rows_of(world / 'ways') if row['method'] == 'mean_pool'] == [2, 4]
 
 
 def test_another_datasets_results_lie_beside_the_checkpoint(world, trained, tmp_path):
     """A test across datasets: the checkpoint's model, the other config's data, and no other run's results overwritten."""
     other = tmp_path / 'other.py'
-    other.write_text((world / 'config.py').read_text().replace("dataset='tiny'", "dataset='other', levels=1, temp=5.0"))
+    other.write_text((world / 'config.py').read_text().replace("dataset='tiny'", "dataset='other'")
+                     .replace('levels=2', 'levels=1, temp=5.0'))
     before = (trained[0] / 'results.json').read_text()
-    argv, sys.argv = sys.argv, ['eval.py', str(other), *SPEED, f'--ckpt={trained[0] / "best.pt"}']
-    try:
-        evaluation.main()
-    finally:
-        sys.argv = argv
+    run(evaluation, other, f'--ckpt={trained[0] / "best.pt"}')
     rows = json.loads((trained[0] / 'results_other.json').read_text())
     assert {row['dataset'] for row in rows} == {'other'} and rows[-1]['trained_on'] == 'tiny'
+    assert [row['accuracy'] for row in rows] == [row['accuracy'] for row in rows_of(trained[0])]
     assert (trained[0] / 'results.json').read_text() == before
 
+
+# ---- Methods of one's own
+
+METHOD = '''from torch import nn
+
+from model import cosine
+
+
+class Method(nn.Module):
+    sees = ('image',)
+    options = dict(width=8)
+
+    def __init__(self, clip, names, config):
+        super().__init__()
+        self.map = nn.Linear(clip.visual.proj.shape[1], config['width'])
+
+    def video(self, image):
+        return (self.map(image).mean(1),)
+
+    def scores(self, kept, episode):
+        support, query = episode.split(episode.take(kept[0]))
+        return 10 * cosine(query, episode.by_class(support))
+'''
+
+
+def test_a_method_of_ones_own(world, trained, tmp_path):
+    """A file trains and is tested by its path; a checkpoint alone never runs it; beside vba it keeps its rows."""
+    (tmp_path / 'mine.py').write_text(METHOD)
+    mine = f'--method={tmp_path / "mine.py"}'
+    run(train, world, mine, '--width=16', '--max_iters=3', f'--out_dir={tmp_path / "run"}')
+    rows = rows_of(tmp_path / 'run')
+    assert [row['method'] for row in rows] == 2 * ['mean_pool', 'zero_shot', 'mine'] and rows[2]['parameters'] == 33 * 16
+    assert not rows[2]['transductive'] and not rows[2]['text']
+    ckpt = f'--ckpt={tmp_path / "run" / "best.pt"}'
+    for options in ([], ['--method=vba']):
+        refused = run(evaluation, world, ckpt, *options, f'--out_dir={tmp_path / "none"}', check=False)
+        assert f'say {mine} if you trust that file' in refused.error and 'encoded' not in refused.output
+    run(evaluation, world, ckpt, mine, f'--out_dir={tmp_path / "eval"}')
+    assert rows_of(tmp_path / 'eval') == rows
+    run(train, world, mine, '--width=16', '--max_iters=4', f'--out_dir={tmp_path / "run"}', '--resume=True')
+    assert 'width=16, not 8' in run(evaluation, world, ckpt, mine, '--width=8', check=False).error
+
+    both = [str(trained[0] / 'best.pt'), str(tmp_path / 'eval' / 'kept.pt')]
+    torch.save(torch.load(tmp_path / 'run' / 'best.pt', weights_only=True), both[1])
+    result = run(evaluation, world, f'--ckpt={both}', mine, '--test_shots=[1]', f'--out_dir={tmp_path / "both"}')
+    together = rows_of(tmp_path / 'both')
+    assert [row['method'] for row in together] == ['mean_pool', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
+    assert together[:4] == rows_of(trained[0])[:4] and 'mine - vba joint' in result.output
+
+
+def test_method_that_is_none_is_told(world, tmp_path):
+    stopped = run(train, world, '--method=mean_pol', check=False)
+    assert "There is no method 'mean_pol'" in stopped.error and 'mean_pool' in stopped.error
+    (tmp_path / 'empty.py').touch()
+    assert 'defines no class Method' in run(train, world, f'--method={tmp_path / "empty.py"}', check=False).error
+
+
+@pytest.mark.parametrize('script', ['train.py', 'eval.py'])
+def test_script_alone_says_what_to_type(script, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [script])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    assert f'python {script} sample_configs/' in str(stopped.value) and '--help' in str(stopped.value)
+
+
+# ---- Several processes
 
 def torchrun(world, script, *options, processes=2):
     """A script in several processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', ROOT / script,
                world / 'config.py', *SPEED, *options]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
 
 
 def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
@@ -284,21 +482,54 @@ def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
         assert (number, accuracy) == (other, pytest.approx(right)) and loss == pytest.approx(expected, rel=1e-3)
     ours, theirs = (torch.load(path / 'last.pt', weights_only=True)['model'] for path in (tmp_path, trained[0]))
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-4)
+        if name.endswith('video_attn.in_proj_bias'):  # b_k adds the same to all logits: its gradient is rounding alone
+            ours[name][128:256] = theirs[name][128:256]
+        assert (ours[name] - theirs[name]).abs().mean() < 1e-5, name  # AdamW makes much of single gradients near 0
+    assert 'in memory' in result.stdout and not list(tmp_path.glob('*.bin'))  # the file that they shared
     run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', f'--out_dir={tmp_path / "alone"}')
     assert rows_of(tmp_path / 'alone') == rows_of(tmp_path)
 
 
-@pytest.mark.parametrize('options', [['--temporal_adapter=True', '--frozen_dtype=bfloat16'], ['--temporal_adapter=False'],
-                                     ['--temporal_adapter=False', '--cache_prefix=1', '--augment=none']])
-def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options):
+def test_two_processes_fill_one_file(world, trained, tmp_path):
+    """Each its block of it, to the same bits as one process, which then has nothing left to encode."""
+    options = [f'--ckpt={trained[0] / "best.pt"}', '--test_split=train', f'--features_dir={tmp_path}']
+    result = torchrun(world, 'eval.py', *options, f'--out_dir={tmp_path / "two"}')
+    assert result.returncode == 0, result.stderr
+    file, = tmp_path.rglob('*.bin')
+    whole = file.read_bytes()
+    again = run(evaluation, world, *options, f'--out_dir={tmp_path / "one"}')
+    assert 'encoded 0 of 24 train videos' in again.output and rows_of(tmp_path / 'one') == rows_of(tmp_path / 'two')
+    run(evaluation, world, *options[:2], f'--out_dir={tmp_path / "memory"}')
+    assert rows_of(tmp_path / 'memory') == rows_of(tmp_path / 'two')
+    file.unlink()
+    run(evaluation, world, *options, f'--out_dir={tmp_path / "one"}')
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize('options, rows', [
+    (['--temporal_adapter=True', '--frozen_dtype=bfloat16'], 8), (['--temporal_adapter=False', '--cross_video=inductive'], 6),
+    (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 8)])
+def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options, rows):
     """Autocast in bfloat16, on the CPU here, goes through every place that it goes through on CUDA."""
-    for script in (train, evaluation):
-        monkeypatch.setattr(script, 'resolve_device', lambda config: ('cpu', torch.bfloat16))
-    run(train, world, f'--out_dir={tmp_path}', '--max_iters=3', *options)
-    run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', f'--out_dir={tmp_path / "again"}', *options[:2])
-    assert rows_of(tmp_path / 'again') == rows_of(tmp_path) and len(rows_of(tmp_path)) == 8
-    assert not torch.is_autocast_enabled('cpu')
+    dtypes = set()
+
+    def forward(*args, forward=train.Step.forward):
+        dtypes.add(torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'))
+        return forward(*args)
+
+    monkeypatch.setattr(train.Step, 'forward', forward)
+    run(train, world, '--dtype=bfloat16', f'--out_dir={tmp_path}', '--max_iters=3', *options)
+    ckpt = f'--ckpt={tmp_path / "best.pt"}'
+    run(evaluation, world, '--dtype=bfloat16', ckpt, f'--out_dir={tmp_path / "again"}', *options[:2])
+    assert rows_of(tmp_path / 'again') == rows_of(tmp_path) and len(rows_of(tmp_path)) == rows
+    assert dtypes == {torch.bfloat16} and not torch.is_autocast_enabled('cpu')
+
+
+def test_one_row_where_queries_never_see_each_other(world, tmp_path):
+    for mode in ('inductive', False):
+        run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path}')
+        assert [(row['method'], row['transductive']) for row in rows_of(tmp_path)] == [
+            ('mean_pool', False), ('zero_shot', False), ('vba', False)]
 
 
 @pytest.mark.cuda
@@ -314,9 +545,10 @@ def test_cuda_trains_and_is_deterministic_on_request(world, tmp_path, dtype):
         assert row['episodes_hash'] == other['episodes_hash'] and abs(row['accuracy'] - other['accuracy']) < 10
 
 
-@pytest.mark.parametrize('option, words', [('--test_shots=[1,9]', '9 supports'), ('--levels=4', '3 blocks')])
-def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, option, words):
-    for script in (train, evaluation):
+@pytest.mark.parametrize('scripts, option, words', [
+    ((train, evaluation), '--test_shots=[1,9]', '9 supports'), ((train,), '--levels=4', '3 blocks')])
+def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, scripts, option, words):
+    for script in scripts:
         result = run(script, world, option, f'--out_dir={tmp_path}', check=False)
         assert words in result.error and 'encoded' not in result.output
     assert not list(tmp_path.iterdir())
@@ -349,20 +581,23 @@ def test_micro_batches_add_up_to_the_whole(world, tmp_path):
             '--log_interval=1', '--grad_clip=0')
     whole, parts = (torch.load(tmp_path / name / 'last.pt', weights_only=True) for name in ('0', '2'))
     assert losses(tmp_path / '2')[0][1:] == pytest.approx(losses(tmp_path / '0')[0][1:], rel=1e-4)
-    for x, y in zip(whole['optimizer']['state'].values(), parts['optimizer']['state'].values()):
+    for x, y in zip(whole['optimizer']['state'].values(), parts['optimizer']['state'].values(), strict=True):
         torch.testing.assert_close(y['exp_avg'], x['exp_avg'], rtol=1e-3, atol=1e-6)
 
+
+# ---- The test itself
 
 def test_eval_without_checkpoint_is_training_free(world):
     run(evaluation, world, f'--out_dir={world / "free"}')
     rows = json.loads((world / 'free' / 'results.json').read_text())
-    assert {row['method'] for row in rows} == {'clip-mean-pool', 'clip-zero-shot'}
+    assert {row['method'] for row in rows} == {'mean_pool', 'zero_shot'}
 
 
 def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
     ckpt = f'--ckpt={trained[0] / "best.pt"}'
-    result = run(evaluation, world, ckpt, '--levels=1', check=False)
-    assert 'levels=2, not 1' in result.error
+    assert 'levels=2, not 1' in run(evaluation, world, ckpt, '--levels=1', check=False).error
+    assert 'frames=4, not 2' in run(evaluation, world, ckpt, '--frames=2', check=False).error
+    assert 'no checkpoint of method=mean_pool' in run(evaluation, world, ckpt, '--method=mean_pool', check=False).error
     torch.manual_seed(1)
     torch.save(CLIP(32, 16, 128, 3, 32).state_dict(), tmp_path / 'other.pt')
     result = run(evaluation, world, ckpt, f'--clip={tmp_path / "other.pt"}', check=False)
@@ -370,81 +605,107 @@ def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
     (tmp_path / 'text.pt').write_text('no checkpoint')
     result = run(evaluation, world, f'--ckpt={tmp_path / "text.pt"}', check=False)
     assert 'is not a checkpoint' in result.error
+    assert 'There is no checkpoint' in run(evaluation, world, f'--ckpt={tmp_path / "none.pt"}', check=False).error
 
 
-@pytest.mark.parametrize('mode', ['joint', 'inductive', False])
-def test_cached_episodes_equal_the_model_on_frames(world, mode):
-    """The test's cache against the model run on each episode's frames anew."""
-    config = load_config([str(world / 'config.py'), *SPEED, f'--cross_video={mode}'])
-    clip = evaluation.load_clip(config)
-    model = evaluation.build(config, clip).eval()
+def test_checkpoint_of_the_old_format_is_refused_with_a_sentence(world, trained, tmp_path):
+    saved = torch.load(trained[0] / 'last.pt', weights_only=True)
+    del saved['names'], saved['config']['method']  # as it was: one model, the whole config
+    torch.save(saved | dict(config=saved['config'] | dict(device='cpu', dtype='auto')), tmp_path / 'last.pt')
+    for script, option in ((evaluation, f'--ckpt={tmp_path / "last.pt"}'), (train, '--resume=True')):
+        stopped = run(script, world, option, f'--out_dir={tmp_path}', check=False)
+        assert 'train it again' in stopped.error and '\n' not in stopped.error and 'encoded' not in stopped.output
+
+
+def encoded(world, *options, shaken=False, saved=None):
+    """A test of vba up to the point where its videos are encoded -> config, clip, split, reader, Tested, rows of the videos."""
+    config = load_config([str(world / 'config.py'), *SPEED, *options], evaluation.OPTIONS)
+    resolve(config)
+    clip = checkpoint.load_clip(config)
+    model = checkpoint.build(config, clip, []).eval()
+    if saved:
+        checkpoint.restore(model, clip, checkpoint.load(saved), saved)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.parameters() if shaken else ():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * p.requires_grad)
-    split = data.load_splits(config)['test']
-    reader, autocast = data.ClipReader(config, 32), torch.autocast('cpu', enabled=False)
-    encoded = encode_split(config, clip, model, [model], split, reader, 'cpu', autocast)
-    (start, tokens), = encoded['kept']
-    episodes = evaluation.draw_episodes(split, 2, 2, 1, 0, 5)
-    scores = evaluation.vba(model, start, tokens, 2, 2, mode, 10.0, autocast)(torch.from_numpy(episodes))
-    for episode, cached in zip(episodes, scores):
-        frames, _ = next(reader.stream(split, [episode], train=False))
-        with torch.no_grad():
-            expected = class_scores(log_scores(model(frames[None], 4), 4, 10.0), torch.tensor([0, 0, 1, 1]), 2)[0]
-        torch.testing.assert_close(cached, expected, rtol=1e-2, atol=1e-3)  # kept in half precision
-        assert (cached.argmax(-1) == expected.argmax(-1)).all()
+    checkpoint.freeze(config, clip)
+    split, reader = data.load_splits(config)['test'], ClipReader(config, 32)
+    (tested,), rows = testing.encode(config, clip, [testing.Tested(config, model, clip.weights_hash, saved)], split, reader)
+    return config, clip, split, reader, tested, rows
+
+
+@pytest.mark.parametrize('mode, joint', [('joint', True), ('joint', False), ('inductive', False), (False, False)])
+def test_cached_episodes_equal_the_model_on_frames(world, mode, joint):
+    """What is kept of a test's videos against the model run on each episode's frames anew."""
+    config, clip, split, reader, tested, rows = encoded(world, f'--cross_video={mode}', '--temp=10', shaken=True)
+    model, episodes = tested.method, testing.draw_episodes(split, 2, 2, 1, 0, 5)
+    labels, classes = testing.ways_of(split, episodes, 2, 2)
+    found = testing.answers(config, model, tested.tensors, rows[episodes], labels, classes, split.classes, joint, '')
+    some = Episode(torch.from_numpy(labels), torch.from_numpy(classes), split.classes, joint)
+    with torch.no_grad():
+        scores = model.scores(tested.tensors, some._replace(index=torch.from_numpy(rows[episodes])))
+        for i, episode in enumerate(episodes):
+            frames, _ = next(reader.stream(split, [(0, episode)], train=False))
+            kept = model.video(*bring(look(clip.visual, frames, model.sees), 'cpu'))
+            expected, = model.scores(kept, some._replace(classes=some.classes[i:i + 1]))
+            torch.testing.assert_close(scores[i], expected, rtol=1e-2, atol=1e-3)  # kept in half precision
+            assert (found[i] == expected.argmax(-1).numpy()).all()
     reader.close()
 
 
 def test_episode_list_depends_on_seed_and_videos_alone(world):
     split = data.load_splits(load_config([str(world / 'config.py')]))['train']
-    episodes, again, others = (evaluation.draw_episodes(split, 3, 2, 1, seed, 20) for seed in (7, 7, 8))
-    name = evaluation.hash_of(split, episodes)
-    assert np.array_equal(episodes, again) and evaluation.hash_of(split, others) != name
-    assert evaluation.hash_of(subset(split, np.arange(len(split.videos))[::-1]), episodes) != name
+    episodes, again, others = (testing.draw_episodes(split, 3, 2, 1, seed, 20) for seed in (7, 7, 8))
+    name = testing.hash_of(split, episodes)
+    assert np.array_equal(episodes, again) and testing.hash_of(split, others) != name
+    assert testing.hash_of(encoding.subset(split, np.arange(len(split.videos))[::-1]), episodes) != name
     for episode in episodes:
         classes = split.labels[episode]
         assert (classes[:6].reshape(3, 2) == classes[6:, None]).all() and len(set(classes)) == 3 and len(set(episode)) == 9
 
 
 def test_interval_by_hand():
-    mean, half = evaluation.interval(np.array([0.0, 1.0, 1.0, 0.0]))
+    mean, half = testing.interval(np.array([0.0, 1.0, 1.0, 0.0]))
     assert mean == 50 and half == pytest.approx(196 * (1 / 3) ** 0.5 / 2)
 
 
 def test_mean_pool_by_hand():
-    pooled = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.9, 0.1], [0.1, 0.9]]), dim=-1)
-    scores = evaluation.mean_pool(pooled, 1, 2)(torch.tensor([[0, 1, 3]]))
+    """Videos of two frames; the pooled ones have length 1 only where the frames agree."""
+    method = find_method('mean_pool')[0](None, [], {})
+    directions = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.9, 0.1], [0.1, 0.9]])
+    kept = method.video(torch.stack([directions, 3 * directions], 1))
+    pooled = torch.nn.functional.normalize(directions, dim=-1)
+    torch.testing.assert_close(kept[0], pooled)
+    one = Episode(torch.tensor([0, 0]), torch.tensor([[0]]), ['a'], False, index=torch.tensor([[0, 1, 3]]))
     prototype = (pooled[0] + pooled[1]) / (pooled[0] + pooled[1]).norm()
-    torch.testing.assert_close(scores[0, 0, 0], prototype @ pooled[3])
-    episodes = np.array([[0, 2, 3, 4]])
-    assert evaluation.predict(evaluation.mean_pool(pooled, 2, 1), episodes, 2, 2, 'cpu', '').tolist() == [[0, 1]]
+    torch.testing.assert_close(method.scores(kept, one)[0, 0, 0], 100 * prototype @ pooled[3])
+    found = testing.answers(dict(device='cpu', dtype='float32'), method, list(kept), np.array([[0, 2, 3, 4], [2, 0, 3, 4]]),
+                            np.array([0, 1]), np.array([[0, 1], [1, 0]]), ['a', 'b'], False, '')
+    assert found.tolist() == [[0, 1], [1, 0]] and testing.correct(found, 2).tolist() == [[True, True], [False, False]]
 
 
 def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained, monkeypatch):
     """Rows 1, 2, 3 of each video are its frames reversed, the middle one repeated, shuffled; queries alone are of these."""
-    asked, predict = {}, evaluation.predict
+    asked, answers = {}, testing.answers
 
-    def spy(scores, episodes, n_support, dim, device, note):
-        asked[note] = episodes
-        return predict(scores, episodes, n_support, dim, device, note)
+    def spy(config, method, tensors, index, *rest):
+        asked[rest[-1]] = index
+        return answers(config, method, tensors, index, *rest)
 
-    monkeypatch.setattr(evaluation, 'predict', spy)
-    options = [f'--ckpt={trained[0] / "best.pt"}', *SPEED, '--probe=True', '--test_shots=[1]']
-    config, (checkpoint,) = evaluation.configure(options)
-    clip, autocast = evaluation.load_clip(config), torch.autocast('cpu', enabled=False)
-    model = evaluation.build(config, clip)
-    evaluation.restore(model, clip, checkpoint, 'best.pt')
-    split, reader = data.load_splits(config)['test'], data.ClipReader(config, 32)
-    kept = encode_split(config, clip, model, [model], split, reader, 'cpu', autocast)
-    _, frozen = encode_frozen(model, split, reader, 'cpu', autocast)
+    monkeypatch.setattr(testing, 'answers', spy)
+    config, clip, split, reader, tested, rows = encoded(
+        world, '--probe=True', '--test_shots=[1]', saved=str(trained[0] / 'best.pt'))
+    frames, _ = next(reader.stream(split, [(0, np.arange(12))], train=False))
+    seen = look(clip.visual, frames, tested.method.sees)
     shuffled = np.random.default_rng(config['seed']).permutation(4)
-    (start, tokens), = kept['kept']
     for row, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0], [2, 2, 2, 2], shuffled)):
-        expected, level = encode(model, [x[:, order] for x in frozen], autocast)
-        torch.testing.assert_close(start[row::4], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(tokens[0][row::4], level[0].half(), rtol=1e-2, atol=1e-2)
-    evaluation.evaluate(config, clip, [model], kept, 'cpu', autocast)
+        start, tokens = encoding.videos(config, tested.method, [x[:, order] for x in seen])
+        torch.testing.assert_close(tested.tensors[0][row::4], start, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tested.tensors[1][row::4], tokens, rtol=1e-2, atol=1e-2)
+    found, *_ = testing.evaluate(config, [tested], split, rows, 0)
+    assert [row['method'] for row in found] == ['vba joint', *(f'vba joint, queries {probe}' for probe in testing.PROBES),
+                                                'vba inductive']
     for row, probe in enumerate(('reversed', 'still', 'shuffled'), 1):
-        plain, probed = asked['vba-joint 1-shot'], asked[f'vba-joint, queries {probe} 1-shot']
+        plain, probed = asked['vba joint 1-shot'], asked[f'vba joint, queries {probe} 1-shot']
         assert (probed[:, :2] == plain[:, :2]).all() and (probed[:, 2:] == plain[:, 2:] + row).all() and not (plain % 4).any()
+    reader.close()

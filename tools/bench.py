@@ -1,14 +1,14 @@
 """Speed and memory, ours and others', side by side: contestants take turns in one run, whatever else the machine does.
 
-    python bench.py decode [--folder=clips]       frames of a file, against PyAV, decord, torchcodec, OpenCV if installed
-    python bench.py encode [--images=80]          the frozen ViT, against open_clip's if installed
-    python bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor;
+    python tools/bench.py decode [--folder=clips]       frames of a file, against PyAV, decord, torchcodec, OpenCV if installed
+    python tools/bench.py encode [--images=80]          the frozen ViT, against open_clip's if installed
+    python tools/bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor;
                                                   of a config whose videos are there also with clips from the loader
-    python bench.py memory [sample_configs/x.py]  what a training step takes of a GPU, by count, without one
-    python bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
+    python tools/bench.py memory [sample_configs/x.py]  what a training step takes of a GPU, by count, without one
+    python tools/bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
 
-More options: --rounds=5, --episodes=64, --out=table.json, and all of config.py's. Weights are random unless --clip= names
-some: speed is the same. On a CPU OMP_NUM_THREADS says how many threads compute.
+--help prints all options. Weights are random unless --clip= names some: speed is the same. On a CPU OMP_NUM_THREADS says how
+many threads compute.
 """
 
 import copy
@@ -16,7 +16,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import operator
 import os
 import platform
 import subprocess
@@ -28,6 +27,7 @@ import weakref
 from fractions import Fraction
 from importlib import metadata
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import av
@@ -40,15 +40,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import data
-import eval as evaluation
-import train as training
-from config import DEFAULTS, load_config, resolve_device
-from decode import VIDEOS, Converter, Video, read_frames, sample_indices
-from model import episode_loss, log_scores
-from reader import ClipMaker, ClipReader
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import testing  # noqa: E402
+import train as training  # noqa: E402
+from config import DEFAULTS, ROOT, amp, load_config, resolve  # noqa: E402
+from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
+from model import Episode, Step, bring, look  # noqa: E402
+from reader import ClipMaker, ClipReader  # noqa: E402
 
-OPTIONS = dict(folder='', out='', rounds=5, images=80, videos=100, episodes=64)  # besides config.py's
+OPTIONS = dict(
+    folder='',                 # decode: of files of your own
+    out='',                    # a JSON file for the table
+    rounds=5,                  # turns that each contestant takes
+    images=80,                 # encode: how many at a time
+    videos=100,                # eval: how many are kept
+    episodes=64,               # eval: how many are tested
+    clip='random:ViT-B/32',    # weights, or a geometry with random ones
+)
 SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
 
 
@@ -104,7 +114,7 @@ def cpu_name():
 
 
 def commit():
-    run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=os.path.dirname(os.path.abspath(__file__)),
+    run = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT,
                          capture_output=True, text=True)
     return run.stdout.strip() or None
 
@@ -229,11 +239,11 @@ def work(task):
     return time.process_time() - began
 
 
-def decode(options, config):
+def decode(config):
     """Two processes (--workers=) read the same clip at once, as a loader's workers do; PyAV's threads are its defaults."""
     paths = make_clips()
-    if options['folder']:
-        folder = options['folder']
+    if config['folder']:
+        folder = config['folder']
         if not os.path.isdir(folder):
             sys.exit(f'There is no folder {folder}.')
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(VIDEOS)]
@@ -248,7 +258,7 @@ def decode(options, config):
                 continue
             spent = {name: [] for name in READERS if not failed[name]}
             seconds = race({name: lambda name=name, path=path, spent=spent: spent[name].append(
-                pool.map(work, [(name, path)] * 2 * workers, 1)) for name in spent}, options['rounds'])
+                pool.map(work, [(name, path)] * 2 * workers, 1)) for name in spent}, config['rounds'])
             for row in rows_of(seconds, 'PyAV, every frame', 2 * workers, 'clips', clip=os.path.basename(path)):
                 row['CPU ms a clip'] = 1000 * float(np.median(spent[row['method']][1:]))
                 if row['method'] != 'ours, kept frames':  # training frames: others
@@ -256,7 +266,7 @@ def decode(options, config):
                 rows.append(row)
             print(path, *(f'- {name}: {why}' for name, why in failed.items() if why), sep='\n', flush=True)
     packages = {name: version_of(name) for name in ('av', 'decord', 'torchcodec', 'opencv-python-headless')}
-    show(rows, options['out'], workers=workers, **packages)
+    show(rows, config['out'], workers=workers, **packages)
 
 
 def version_of(package):
@@ -296,34 +306,33 @@ def open_clip_tower(visual):
 
 
 @torch.no_grad()
-def encode(options, config):
-    """Our frozen part from uint8 pixels, keeping what the aggregator needs; open_clip's tower from ready float images."""
-    device, dtype = resolve_device(config)
-    clip = evaluation.load_clip(config)
-    config = {**config, 'temporal_adapter': False}
-    half = evaluation.build({**config, 'frozen_dtype': 'bfloat16'}, copy.deepcopy(clip)).to(device)
-    model = evaluation.build(config, clip).to(device)
-    videos, size = -(-options['images'] // config['frames']), clip.visual.image_size
+def encode(config):
+    """Our tower from uint8 pixels, with the tokens that VBA sees; open_clip's tower from ready float images."""
+    clip, device = checkpoint.load_clip(config), config['device']
+    model = checkpoint.build({**config, 'temporal_adapter': False}, clip, [])
+    visual, half = clip.visual.to(device), copy.deepcopy(clip.visual).to(device, torch.bfloat16)
+    videos, size = -(-config['images'] // config['frames']), visual.image_size
     frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
-    contestants = {'ours, fp32': lambda: model.frozen(frames, head=True)[1].flatten(0, 1)}
+    sees = ('image', *model.sees)
+    contestants = {'ours, fp32': lambda: look(visual, frames, sees)[0].flatten(0, 1)}
     a, b = (torch.randn(shape, device=device).bfloat16() for shape in ((400, 768), (768, 768)))
     rate = 2 * a.numel() * 768 / race(dict(mm=lambda: a @ b), 1)['mm'].min() / 1e9
     print(f'a matrix product in bfloat16: {rate:.0f} GFLOP/s')
     if rate > 10:  # else this processor only emulates it
-        contestants['ours, bf16 weights'] = lambda: half.frozen(frames, head=True)[1].flatten(0, 1)
-    base, tower = 'ours, fp32', open_clip_tower(model.visual)
+        contestants['ours, bf16 weights'] = lambda: look(half, frames, sees)[0].flatten(0, 1)
+    base, tower = 'ours, fp32', open_clip_tower(visual)
     if tower:
-        images, base = model.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
+        images, base = visual.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
         contestants = {base: lambda: tower(images), **contestants}
     with FlopCounterMode(display=False) as counter:
-        model.visual(torch.zeros(1, 3, size, size, device=device))
+        visual(torch.zeros(1, 3, size, size, device=device))
     flops, product = counter.get_total_flops(), machine(device, torch.float32)[0]
     print(f'{flops / 1e9:.2f} GFLOP an image, {product / 1e9:.0f} GFLOP/s in float32: that is {product / flops:.3g} images/s')
-    rows = rows_of(race(contestants, options['rounds']), base, videos * config['frames'], 'images')
+    rows = rows_of(race(contestants, config['rounds']), base, videos * config['frames'], 'images')
     reference = contestants[base]().float()
     for row in rows:
         row['lowest cosine'] = f'{F.cosine_similarity(contestants[row["method"]]().float(), reference).min():.6f}'
-    show(rows, options['out'], device=device, images=videos * config['frames'], open_clip=version_of('open_clip_torch'))
+    show(rows, config['out'], device=device, images=videos * config['frames'], open_clip=version_of('open_clip_torch'))
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------------
@@ -349,35 +358,35 @@ def projected(model):
     return model
 
 
-def stepper(model, batches, config, device, dtype):
-    """-> a function that does one step of train.py on the next of `batches` and returns the loss."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    cuda = torch.device(device).type == 'cuda'
-    optimizer = torch.optim.AdamW(parameters, config['lr'], weight_decay=config['weight_decay'], fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
-    supports, queries = (torch.arange(config['way'], device=device).repeat_interleave(config[n]) for n in ('shot', 'queries'))
-    forward = torch.compile(model) if config['compile'] is True or (config['compile'] == 'auto' and cuda) else model
-
-    def step():
-        batch, total, size = next(batches), 0, config['micro_batch'] or config['meta_batch']
-        for i in range(0, config['meta_batch'], size):
-            part = training.part_of(batch, i, size)
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
-                features = forward(part, len(supports))
-            loss = episode_loss(log_scores(features, len(supports), config['temp']), supports, queries, config['loss'])
-            loss = loss * len(features) / config['meta_batch']
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, config['grad_clip'] or float('inf'))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return total.item()
-    return step
+def episodes_of(config):
+    """The episodes of a step, as train.py makes them."""
+    labels, answers = (torch.arange(config['way'], device=config['device']).repeat_interleave(config[n])
+                       for n in ('shot', 'queries'))
+    classes = torch.arange(config['way'], device=config['device'])
+    names = [str(i) for i in range(config['way'])]
+    return Episode(labels, classes.expand(config['meta_batch'], -1), names, answers=answers.expand(config['meta_batch'], -1))
 
 
-def count(model, frames, n_support):
+def stepper(config, visual, model, batches):
+    """-> a function that does one step of train.py and returns the loss. batches: frames (V, T, 3, H, W), or lists of what
+    `look` gave of them."""
+    step, optimizer = training.wrapped(config, model), training.optimizer_of(config, model)
+    scaler = torch.amp.GradScaler(config['device'], enabled=config['dtype'] == 'float16')
+    shows = torch.compile(look) if training.compiles(config) else look
+    episode, number = episodes_of(config), itertools.count()
+
+    def one():
+        seen = next(batches)
+        if not isinstance(seen, list):
+            with amp(config):
+                seen = shows(visual, seen, model.sees)
+        numbers = training.gradients(config, step, scaler, seen, episode)
+        training.update(config, model, optimizer, scaler, next(number))
+        return numbers[0].item()
+    return one
+
+
+def count(config, visual, model, frames):
     """FLOPs of a step (multiply and add counted): frozen forward, trained part's forward, backward; and bytes that must move:
     float32 weights read, trained ones 9 times read or written (forward, backward, gradient, AdamW's two moments, update)."""
     flops, aten = [], torch.ops.aten
@@ -385,17 +394,18 @@ def count(model, frames, n_support):
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward:
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    number, episode = config['meta_batch'], episodes_of({**config, 'meta_batch': 1})
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        frozen = model.frozen(frames[:1])[0]  # one episode stands for all
+        seen = look(visual, frames[:len(frames) // number], model.sees)  # one episode stands for all
         flops.append(counter.get_total_flops())
-        features = model(frozen, n_support)
+        loss, _ = Step(model)(seen, episode)
         flops.append(counter.get_total_flops() - sum(flops))
-        features.sum().backward()
+        loss.backward()
         flops.append(counter.get_total_flops() - sum(flops))
     model.zero_grad()
-    weights = sum(p.numel() * (9 if p.requires_grad else 1) for p in model.parameters()) * 4
-    tokens = 3 * sum(x.nbytes for x in frozen)  # written, read, read in backward
-    return [len(frames) * f for f in flops], weights + len(frames) * tokens
+    weights = 4 * sum(p.numel() * (9 if p.requires_grad else 1) for p in (*visual.parameters(), *model.parameters()))
+    tokens = 3 * sum(x.nbytes for x in seen)  # written, read, read in backward
+    return [number * f for f in flops], weights + number * tokens
 
 
 def machine(device, dtype):
@@ -409,30 +419,30 @@ def machine(device, dtype):
     return 8 * rows * 768 * 3072 / seconds['mm'].min(), 32 * x.numel() / seconds['copy'].min()
 
 
-def train(options, config):
+def train(config):
     """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates.
 
-    Without adapters also as with cache_prefix: from what the frozen part gave. With the config's training clips: the same again
-    and again from the cache of decoded frames, cropped anew, and others each time, decoded anew.
+    Without adapters also as with cache_prefix: from what the frozen tower showed. With the config's training clips: the same
+    again and again from the cache of decoded frames, cropped anew, and others each time, decoded anew.
     """
-    device, dtype = resolve_device(config)
-    clip, rows, cuda = evaluation.load_clip(config), [], torch.device(device).type == 'cuda'
-    size, videos = clip.visual.image_size, config['way'] * (config['shot'] + config['queries'])
-    shape = config['meta_batch'], videos, config['frames'], 3, size, size
+    clip, rows, device, cuda = checkpoint.load_clip(config), [], config['device'], config['device'] != 'cpu'
+    visual, dtype = clip.visual.to(device), getattr(torch, config['dtype'])
+    videos = config['meta_batch'] * config['way'] * (config['shot'] + config['queries'])
     split = data.load_splits(config)['train'] if config['dataset'] and os.path.isdir(config['data_root']) else None
-    frames = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    size = visual.image_size
+    frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
     for adapter in (False, True):
-        model = evaluation.build({**config, 'temporal_adapter': adapter}, copy.deepcopy(clip)).to(device)
-        flops, moved = count(model, frames, config['way'] * config['shot'])
-        theirs, _ = count(projected(model), frames, config['way'] * config['shot'])
+        model = checkpoint.build({**config, 'temporal_adapter': adapter}, clip, []).to(device)
+        flops, moved = count(config, visual, model, frames)
+        theirs, _ = count(config, visual, projected(model), frames)
         contestants = {'ours': (copy.deepcopy, frames), 'nn.MultiheadAttention': (projected, frames)}
         if not adapter:
-            kept = [x.half() for x in model.frozen(frames)[0]]
+            kept = [x.half() for x in look(visual, frames, model.sees)]
             contestants |= {f'{name}, kept': (copied, kept) for name, (copied, _) in contestants.items()}
         steps, peaks, losses = {}, {}, []
         for name, (copied, batch) in contestants.items():
             before = torch.cuda.memory_allocated() if cuda else 0  # by those before it
-            step = steps[name] = stepper(copied(model), itertools.repeat(batch), config, device, dtype)
+            step = steps[name] = stepper(config, visual, copied(model), itertools.repeat(batch))
             losses.append(step())
             if cuda:  # with AdamW's moments, which the first step made
                 torch.cuda.reset_peak_memory_stats()
@@ -441,25 +451,28 @@ def train(options, config):
                 peaks[name] = (torch.cuda.max_memory_allocated() - before + own) / 1e9
         if max(losses) - min(losses) > 1e-2 * abs(losses[0]):
             sys.exit(f'The models are not equal: losses {losses} at the first step.')
-        seconds = race(steps, options['rounds'])
+        seconds = race(steps, config['rounds'])
         for name, cache_gb in (('ours, from the frame cache', config['cache_gb']), ('ours, decoding', 0.0)) if split else ():
             reader = ClipReader({**config, 'cache_gb': cache_gb}, size)
-            jobs = training.episodes_from(config, split, (config['way'], config['shot'], config['queries']), 0, shape[0])
-            stream = reader.stream(split, itertools.repeat(next(jobs)) if cache_gb else jobs, True, 0, shape[0])
-            batches = map(operator.itemgetter(0), training.on_device(stream, device))
+            jobs = training.jobs_of(config, split, (config['way'], config['shot'], config['queries']), 0)
+            if cache_gb:  # the same videos, cropped anew
+                first = next(jobs)[1]
+                jobs = ((number, first) for number in itertools.count(0, config['meta_batch']))
+            clips = training.on_device(reader.stream(split, jobs, True), device)
+            batches = (frames.flatten(0, 1) for frames, _ in clips)
             # alone: in others' turns its workers would read ahead
-            seconds |= race({name: stepper(copy.deepcopy(model), batches, config, device, dtype)}, options['rounds'])
+            seconds |= race({name: stepper(config, visual, copy.deepcopy(model), batches)}, config['rounds'])
             reader.close()
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
         print(f'adapters {adapter}: {" + ".join(f"{f / 1e9:.1f}" for f in flops)} GFLOP (frozen + trained forward + backward; '
               f'{" + ".join(f"{f / 1e9:.1f}" for f in theirs)} with nn.MultiheadAttention), '
               f'{moved / 1e9:.2f} GB; {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: floor {1000 * floor:.0f} ms')
-        for row in rows_of(seconds, 'nn.MultiheadAttention', frames.shape[0] * videos, 'videos', adapters=adapter):
+        for row in rows_of(seconds, 'nn.MultiheadAttention', videos, 'videos', adapters=adapter):
             median = np.median(seconds[row['method']])
             rows.append({**row, 'ms median': 1000 * median, 'of the floor': f'{100 * floor / median:.0f} %' if
                          row['method'] == 'ours' else '', 'peak GB': peaks.get(row['method'], '')})
-    show(rows, options['out'], device=device, dtype=str(dtype), videos=frames.shape[0] * videos, clip=config['clip'])
+    show(rows, config['out'], device=device, dtype=str(dtype), videos=videos, clip=config['clip'])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------------
@@ -491,91 +504,85 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def step_bytes(model, config):
+def step_bytes(visual, model, config):
     """The peak of a step on a GPU in half precision, counted on tensors without content: weights, gradients, AdamW's moments,
     two batches of frames, and all that forward and backward make. Not counted: CUDA's libraries, the allocator's gaps."""
-    size, n_support = model.visual.image_size, config['way'] * config['shot']
-    shape = config['meta_batch'], config['way'] * (config['shot'] + config['queries']), config['frames'], 3, size, size
-    model = copy.deepcopy(model)
-    norm = F.layer_norm
+    size, videos = visual.image_size, config['way'] * (config['shot'] + config['queries'])
+    visual, step, norm = copy.deepcopy(visual), Step(copy.deepcopy(model)), F.layer_norm
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
             mock.patch('torch.nn.functional.layer_norm', lambda x, *args: norm(x.float(), *args)), \
             mock.patch('model.CPU_CHUNK', 2 ** 30):  # a GPU takes all images at once, and its autocast norms in float32
-        for module in model.modules():
+        for module in (*visual.modules(), *step.modules()):
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty_like(p), p.requires_grad))
-        held = [torch.empty(2, *p.shape) for p in model.parameters() if p.requires_grad]
-        held.append(torch.empty(2, *shape, dtype=torch.uint8))
-        supports, queries = (torch.arange(config['way']).repeat_interleave(config[n]) for n in ('shot', 'queries'))
-        for part in held[-1][0].split(config['micro_batch'] or shape[0]):
+        held = [torch.empty(2, *p.shape) for p in step.parameters() if p.requires_grad]
+        held.append(torch.empty(2, config['meta_batch'] * videos, config['frames'], 3, size, size, dtype=torch.uint8))
+        number = config['micro_batch'] or config['meta_batch']
+        with torch.autocast('cpu', torch.bfloat16):
+            parts = [look(visual, part, model.sees) for part in held[-1][0].split(number * videos)]
+        seen = [torch.cat(each) for each in zip(*parts)]
+        for i in range(0, config['meta_batch'], number):
+            episode = episodes_of({**config, 'device': 'cpu', 'meta_batch': min(number, config['meta_batch'] - i)})
             with torch.autocast('cpu', torch.bfloat16):
-                features = model(part, n_support)
-            episode_loss(log_scores(features, n_support, config['temp']), supports, queries, config['loss']).backward()
+                loss, _ = step([x[i * videos:(i + number) * videos] for x in seen], episode)
+            loss.backward()
     return live.peak
 
 
-def memory(options, config):
+def memory(config):
     """What a step of train.py takes of a GPU, by count, no GPU needed: whole, by single episodes, with recomputing."""
-    clip, rows = evaluation.load_clip(config), []
+    clip, rows = checkpoint.load_clip(config), []
     for adapter in (False, True):
         for more in ({}, dict(micro_batch=1), dict(micro_batch=1, recompute=True))[:2 + adapter]:
             each = {**config, 'temporal_adapter': adapter, **more}
             rows.append({'adapters': adapter, 'method': ', '.join(f'{key}={value}' for key, value in more.items()) or 'whole',
-                         'GB': step_bytes(evaluation.build(each, copy.deepcopy(clip)), each) / 1e9})
-    show(rows, options['out'], clip=config['clip'], way=config['way'], shot=config['shot'], queries=config['queries'],
+                         'GB': step_bytes(clip.visual, checkpoint.build(each, clip, []), each) / 1e9})
+    show(rows, config['out'], clip=config['clip'], way=config['way'], shot=config['shot'], queries=config['queries'],
          meta_batch=config['meta_batch'])
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def eval_(options, config):
+def eval_(config):
     """5-way 5-shot episodes with 1 and 5 queries a class from random tokens in memory; anew: encoding each one's videos,
     in proportion to the time that an episode of 5 takes."""
-    device, dtype = resolve_device(config)
-    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32)
-    clip = evaluation.load_clip(config)
-    model = evaluation.build({**config, 'cross_video': 'joint'}, clip).to(device)
-    width, dim = clip.visual.grid ** 2 * config['frames'], clip.visual.proj.shape[0]
-    start = torch.randn(options['videos'], dim, device=device)
-    tokens = [torch.randn(options['videos'], width, dim, device=device).half() for _ in range(config['levels'] - 1)]
+    clip, device = checkpoint.load_clip(config), config['device']
+    model = checkpoint.build({**config, 'cross_video': 'joint'}, clip, []).to(device)
+    visual = clip.visual.to(device)
+    width, dim = visual.grid ** 2 * config['frames'], visual.proj.shape[0]
+    kept = [torch.randn(config['videos'], dim, device=device),
+            *(torch.randn(config['videos'], width, dim, device=device).half() for _ in range(config['levels'] - 1))]
     rows, rng = [], np.random.default_rng(0)
+    frames = torch.randint(256, (5, config['frames'], 3, *2 * [visual.image_size]), dtype=torch.uint8)
+    few = Episode(torch.arange(4, device=device), torch.arange(4, device=device)[None], list('abcd'))
+
+    def anew():
+        with amp(config):
+            model.scores(model.video(*bring(look(visual, frames.to(device), model.sees), device)), few)
+
     for videos in (30, 50):
-        episodes = np.stack([rng.permutation(options['videos'])[:videos] for _ in range(options['episodes'])])
-        scores = evaluation.vba(model, start, tokens, 5, 5, 'joint', config['temp'], autocast)
-        frames = torch.randint(256, (1, 5, config['frames'], 3, *2 * [clip.visual.image_size]), dtype=torch.uint8)
-
-        def anew(frames=frames):
-            with autocast:
-                model(frames.to(device), 4)
-
-        kept_tokens = functools.partial(evaluation.predict, scores, episodes, 25, dim, device, '')
-        seconds = race({'kept tokens': kept_tokens, 'each anew': anew}, options['rounds'])
+        episodes = np.stack([rng.permutation(config['videos'])[:videos] for _ in range(config['episodes'])])
+        labels, classes = np.repeat(np.arange(5), 5), np.tile(np.arange(5), (len(episodes), 1))
+        from_kept = functools.partial(testing.answers, config, model, kept, episodes, labels, classes, list('abcde'), True, '')
+        seconds = race({'kept tokens': from_kept, 'each anew': anew}, config['rounds'])
         seconds['kept tokens'] /= len(episodes)
         seconds['each anew'] *= videos / 5
         rows += rows_of(seconds, 'each anew', 1, 'episodes', **{'videos an episode': videos})
-    rate, bandwidth = machine(device, dtype)
-    show(rows, options['out'], device=device, dtype=str(dtype), clip=config['clip'],
-         bytes_per_video=4 * dim + 2 * width * dim * len(tokens),
+    rate, bandwidth = machine(device, getattr(torch, config['dtype']))
+    show(rows, config['out'], device=device, dtype=config['dtype'], clip=config['clip'],
+         bytes_per_video=4 * dim + 2 * width * dim * (len(kept) - 1),
          GFLOPs_mm=round(rate / 1e9), GBs_copy=round(bandwidth / 1e9, 1))
 
 
 def main():
-    """Splits off the options of OPTIONS and hands the rest to config.py."""
-    commands, argv = dict(decode=decode, encode=encode, train=train, memory=memory, eval=eval_), sys.argv[1:]
-    if not argv or argv[0] not in commands:
+    commands = dict(decode=decode, encode=encode, train=train, memory=memory, eval=eval_)
+    command, *argv = sys.argv[1:] or ['']
+    if command not in commands and '--help' not in sys.argv:
         sys.exit(__doc__)
-    options, rest = dict(OPTIONS), []
-    for arg in argv[1:]:
-        key, _, value = arg[2:].partition('=')
-        if arg.startswith('--') and key in OPTIONS:
-            if isinstance(OPTIONS[key], int) and not (value.isdecimal() and int(value)):
-                sys.exit(f'{arg}: --{key}= needs a positive integer.')
-            options[key] = type(OPTIONS[key])(value)
-        else:
-            rest.append(arg)
-    config = load_config(rest, {**DEFAULTS, 'clip': 'random:ViT-B/32'})
-    commands[argv[0]](options, config)
+    config = load_config(['--method=vba', *(argv if command in commands else sys.argv[1:])], OPTIONS)
+    resolve(config)
+    commands[command](config)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,160 @@
+"""A CLIP and a method: built from a configuration, saved, loaded, told from others.
+
+In reading order: load_clip, build, freeze; save, load, restore; configure (checkpoints of a command line); fingerprint and the
+lists of options that must match; whole, save_json (files that are whole or not there).
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import sys
+
+import torch
+
+import clip_loader
+from config import LOOK, MACHINE, ROOT, TRAINING, find_method, load_config, methods, name_of, parse
+from model import trainable_state
+
+
+def load_clip(config):
+    """The CLIP that a config names. Stops with one sentence where its weights are not to be had or not right."""
+    try:
+        return clip_loader.load_clip(config['clip'], config['act'], config['image_size'], config['norm'])
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def build(config, clip, names):
+    """The method that a config names, beside a CLIP that is not in half precision yet; names: the classes it trains on. New
+    parts are initialised from config['seed']. Stops with one sentence where the method refuses (ValueError, OSError)."""
+    method, _ = find_method(config['method'])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config['seed'])
+        try:
+            return method(clip, names, config)
+        except (OSError, ValueError) as error:
+            sys.exit(f'method={name_of(config["method"])}: {error}')
+
+
+def freeze(config, clip):
+    """Moves a CLIP to config['device'], its image tower in config['frozen_dtype']: once its methods are built -> the CLIP."""
+    clip.to(config['device']).visual.to(getattr(torch, config['frozen_dtype']))
+    return clip
+
+
+def save(path, method, clip, config, names, **more):
+    """Writes what trains of a method and what it takes to build it again; more: what else train.py goes on from."""
+    config = {key: value for key, value in config.items() if key not in MACHINE}
+    content = dict(model=trainable_state(method), config=config, names=names, weights_hash=clip.weights_hash, **more)
+    with whole(path, 'wb') as file:
+        torch.save(content, file)
+
+
+def load(path, device='cpu', trusted=None):
+    """The dict that `save` wrote. Stops with one sentence when there is none or it is not a checkpoint, or where its method is
+    a file that is neither this repository's nor `trusted`: a stranger's checkpoint must not choose what code is run."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint['model'], checkpoint['weights_hash']
+    except FileNotFoundError:
+        sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
+    except Exception as error:
+        sys.exit(f'{path} is not a checkpoint of train.py: {type(error).__name__}: {error}')
+    if 'names' not in checkpoint:
+        sys.exit(f'{path} is from before methods were files of their own: train it again.')
+    code = checkpoint['config']['method']
+    if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
+        sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
+    return checkpoint
+
+
+def restore(method, clip, checkpoint, path):
+    """Fills a method's trainable parameters. Stops when the checkpoint belongs to other weights or another method."""
+    if checkpoint['weights_hash'] != clip.weights_hash:
+        sys.exit(f'{path} was trained beside other CLIP weights (clip={checkpoint["config"]["clip"]!r}, hash '
+                 f'{checkpoint["weights_hash"][:12]}) than those loaded (hash {clip.weights_hash[:12]}).')
+    missing, unexpected = method.load_state_dict(checkpoint['model'], strict=False)
+    missing = set(missing) & set(trainable_state(method))
+    if missing or unexpected:
+        sys.exit(f'{path} holds another model: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.')
+
+
+def configure(argv, own):
+    """The command line -> the test's config, and [(path, checkpoint, its own config), ...].
+
+    A checkpoint brings what makes its method. Without a sample config the first one brings all its options but those on the
+    command line. Stops where the command line asks for another method than the checkpoint's.
+    """
+    sample, given = parse(argv)
+    listed = given.get('ckpt') or []
+    patterns = listed if isinstance(listed, list) else [listed]
+    paths = sum((sorted(glob.glob(os.path.expanduser(path))) or [path] for path in patterns), [])
+    code = os.path.abspath(str(given['method'])) if 'method' in given else None
+    saved = [load(path, trusted=code) for path in paths]
+    config = load_config(argv, own, made(saved[0]['config']) if saved and sample else saved[0]['config'] if saved else None)
+    config['ckpt'] = paths
+    found = []
+    for path, each in zip(paths, saved):
+        theirs = made(each['config'])
+        changed = [key for key in theirs if key in given and config[key] != theirs[key] and key != 'method']
+        if changed:
+            sys.exit(f'{path} is of another model: ' + ', '.join(
+                f'{key}={theirs[key]!r}, not {config[key]!r}' for key in changed))
+        clip = {} if 'clip' in given else dict(clip=each['config']['clip'])  # it may lie elsewhere here: its hash is checked
+        found.append((path, each, {**config, **theirs, **clip}))
+    if 'method' in given and found and config['method'] not in [own['method'] for *_, own in found]:
+        sys.exit(f'{", ".join(paths)}: no checkpoint of method={config["method"]}.')
+    if 'out_dir' not in given:  # results lie beside the checkpoints, not among those of another run on this data set
+        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+        config['out_dir'] = os.path.commonpath(folders or [os.path.join(ROOT, 'runs', config['dataset'] or 'unnamed')])
+    return config, found
+
+
+def made(config):
+    """The options of a checkpoint that make its method."""
+    return {key: config[key] for key in ('method', *LOOK, *options_of(config))}
+
+
+def options_of(config):
+    """The options of its method."""
+    return tuple(getattr(find_method(config['method'])[0], 'options', {}))
+
+
+def training_options(config):
+    """The options that a resumed run must share with the run it goes on from."""
+    most = () if config['decay'] == 'cosine' else ('max_iters',)  # under a constant rate it may go on for longer
+    return [key for key in ('dataset', 'splits', *LOOK, *TRAINING, *options_of(config)) if key not in most]
+
+
+def fingerprint(config, clip, method=None):
+    """A dict of all that decides what CLIP shows of a video, and what a method makes of it: features kept somewhere serve
+    another run if it is equal."""
+    keys = (*LOOK, 'test_sampling', 'dtype', 'frozen_dtype', 'seed')
+    found = dict({key: config[key] for key in keys}, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size)
+    if method is not None:
+        digest = hashlib.sha256()
+        for name, value in trainable_state(method).items():
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        with open(find_method(config['method'])[1], 'rb') as file:
+            code = hashlib.sha256(file.read()).hexdigest()
+        found |= dict(method=name_of(config['method']), code=code, parameters=digest.hexdigest(),
+                      **{key: config[key] for key in options_of(config)})
+    return found
+
+
+# ---- Files
+
+@contextlib.contextmanager
+def whole(path, mode='w'):
+    """A file to write that gets its name at the end: whole or not there."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
+        yield file
+    os.replace(path + '.tmp', path)
+
+
+def save_json(path, content):
+    with whole(path) as file:
+        json.dump(content, file, indent=1)

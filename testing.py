@@ -1,0 +1,210 @@
+"""The test: methods side by side on thousands of hashed episodes, from features encoded once. In reading order:
+
+    draw_episodes, hash_of      which episodes
+    Tested, untrained, encode   methods, and what they keep of the test's videos
+    answers, validate           methods label queries
+    evaluate, line              the table
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import data
+import encoding
+import ranks
+from config import amp, name_of
+from model import Episode
+
+QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # of what is kept first, for the episodes at a time: on a CPU it fits its caches
+PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries of a test may be given
+
+
+# ---- Episodes
+
+def draw_episodes(videos, way, shot, queries, seed, count):
+    """The `count` test episodes of a seed, (count, way * (shot + queries)) indices into videos.videos."""
+    return np.stack([data.episode(videos, way, shot, queries, seed, i) for i in range(count)])
+
+
+def names_of(videos):
+    """Of each video of a split: its class, file, and where it is a part of a file, its first frame."""
+    return [f'{videos.classes[c]}/{os.path.basename(v.path)}' + (f'@{v.start}' if v.start else '')
+            for v, c in zip(videos.videos, videos.labels)]
+
+
+def hash_of(videos, episodes):
+    """Two people with the same hash tested on the same videos in the same episodes."""
+    return hashlib.sha256('\n'.join(names_of(videos)).encode() + episodes.astype('<i8').tobytes()).hexdigest()[:16]
+
+
+# ---- Methods
+
+class Tested(NamedTuple):
+    """A method in a test."""
+    config: dict  # its own
+    method: nn.Module
+    weights_hash: str  # of its CLIP
+    checkpoint: str | None = None  # its file; None: nothing is trained
+    trained_on: str | None = None  # a data set
+    tensors: list = ()  # what it keeps: (V * orders, ...), the orders of a video one after the other
+
+
+def untrained(config, clip, names):
+    """The rows of every table that nothing is trained for."""
+    found = []
+    for name in ('mean_pool', 'zero_shot') if clip.vocab_size else ('mean_pool',):
+        own = config | dict(method=name)
+        try:
+            found.append(Tested(own, checkpoint.build(own, clip, names), clip.weights_hash))
+        except SystemExit as error:
+            print(f'no row {name}: {error}')
+    return found
+
+
+def orders_of(config):
+    """The orders of frames that a test encodes: as they are, and with config['probe'] those of PROBES."""
+    frames = list(range(config['frames']))
+    if not config.get('probe'):
+        return [frames]
+    shuffled = np.random.default_rng(config['seed']).permutation(len(frames)).tolist()
+    return [frames, frames[::-1], [len(frames) // 2] * len(frames), shuffled]
+
+
+def encode(config, clip, tested, split, reader):
+    """Encodes each video of a split once, for all methods that see the same CLIP -> the same with tensors, rows as in Kept."""
+    sees = list(dict.fromkeys(what for each in tested for what in each.method.sees))
+    orders, lengths = orders_of(config), []
+    for each in tested:
+        each.method.eval()
+
+    def make(seen):
+        found = []
+        for each in tested:
+            own = [seen[sees.index(what)] for what in each.method.sees]
+            by_order = [encoding.videos(config, each.method, [x[:, order] for x in own]) for order in orders]
+            found.append([torch.stack(parts, 1) for parts in zip(*by_order)])  # (n, orders, ...)
+        lengths[:] = map(len, found)
+        return sum(found, [])
+
+    about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
+    kept = encoding.keep(config, clip, split, reader, sees, make, about)
+    flat = iter([x.flatten(0, 1) for x in kept.tensors])
+    return [each._replace(tensors=list(itertools.islice(flat, n))) for each, n in zip(tested, lengths)], kept.rows
+
+
+@torch.no_grad()
+def answers(config, method, tensors, index, labels, classes, names, joint, note):
+    """Labels every query of every episode -> (count, M) int64, ways 0..N-1.
+
+    index (count, B), rows of `tensors`; labels (S,), classes (count, N) and names as in Episode. The episodes go some at a
+    time; of several ranks each takes its share.
+    """
+    device, (rank, world) = config['device'], ranks.rank_of()
+    index, labels, classes = (torch.from_numpy(x).to(device) for x in (index, labels, classes))
+    count, videos = index.shape
+    size = 4 * math.prod(tensors[0].shape[1:]) * videos  # bytes
+    batch = int(np.clip(QUERY_BYTES[torch.device(device).type] // size, 1, -(-count // world)))
+    found = torch.zeros(count, videos - len(labels), dtype=torch.int64, device=device)
+    firsts = range(0, count, batch)[rank::world]
+    for first in ranks.progress(firsts, note, len(firsts), unit_scale=batch, unit='episode'):
+        part = slice(first, first + batch)
+        with amp(config):
+            scores = method.scores(tensors, Episode(labels, classes[part], names, joint, index=index[part]))
+        found[part] = scores.argmax(-1)
+    return ranks.add_up(found).cpu().numpy()
+
+
+def ways_of(split, episodes, way, shot):
+    """Labels (S,) and classes (count, N) of episodes as `data.episode` draws them, supports class by class."""
+    return np.repeat(np.arange(way), shot), split.labels[episodes[:, :way * shot:shot]]
+
+
+def correct(found, way):
+    """Answers (count, M) with the queries class by class -> which are right, (count, M) of bool."""
+    return found == np.repeat(np.arange(way), found.shape[1] // way)
+
+
+def interval(values):
+    """Mean and half-width of its 95 % interval, 1.96 * std / sqrt(n), of values (n,), in percent."""
+    return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
+
+
+def validate(config, method, kept, way, episodes):
+    """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept."""
+    method.eval()
+    tensors = encoding.videos(config, method, kept.tensors)
+    labels, classes = ways_of(kept.split, episodes, way, 1)
+    found = answers(config, method, tensors, kept.rows[episodes], labels, classes, kept.split.classes, True, 'validation')
+    method.train()
+    return correct(found, way).mean()
+
+
+# ---- The table
+
+def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
+    """The table: every method on the same episodes of a split's videos, for each of test_ways and test_shots.
+
+    rows_of_videos (videos,): where in the methods' tensors the videos of the split lie; missing: how many could not be read;
+    lists: {(way, shot, queries): episodes} to use, else they are drawn by the seed. Returns the rows, a list of dicts as
+    results.json holds them; for each row which queries were right, (episodes, M); and the lists.
+    """
+    rows, rights, used = [], [], {}
+    copies = len(orders_of(config))
+    for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
+        way, shot, queries = sizes = data.fit_episode(config, split, way, shot, config['test_queries'])
+        if sizes in used:  # lowered to the same
+            continue
+        if lists and sizes not in lists:
+            sys.exit(f'{config["episodes_file"]} has no {way}-way {shot}-shot episodes with {queries} queries a class, only '
+                     + ', '.join(map(str, lists)) + ' (way, shot, queries).')
+        episodes = used[sizes] = lists[sizes] if lists else draw_episodes(
+            split, *sizes, config['seed'], config['test_episodes'])
+        labels, classes = ways_of(split, episodes, way, shot)
+        true, is_query = split.labels[episodes[:, way * shot:]], np.arange(episodes.shape[1]) >= way * shot
+        about = dict(dataset=config['dataset'], split=split.name, way=way, shot=shot, queries=queries, episodes=len(episodes),
+                     episodes_hash=hash_of(split, episodes), sampling=config['test_sampling'], seed=config['seed'],
+                     videos=len(split.videos), missing=missing, classes=split.classes)
+        for each in tested:
+            transductive = getattr(each.method, 'transductive', False)
+            modes = dict(joint=True, inductive=False) if transductive else {'': False}
+            for (mode, joint), probe in itertools.product(modes.items(), range(copies)):
+                if probe and mode == 'inductive':
+                    continue
+                name = f'{name_of(each.config["method"])} {mode}'.rstrip() + (f', queries {PROBES[probe - 1]}' if probe else '')
+                began, index = time.time(), rows_of_videos[episodes] * copies + probe * is_query
+                found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
+                                f'{name} {shot}-shot')
+                right = correct(found, way)
+                accuracy, ci95 = interval(right.mean(1))
+                confusion = np.zeros((len(split.classes),) * 2, int)
+                np.add.at(confusion, (true, np.take_along_axis(classes, found, 1)), 1)
+                rows.append(dict(
+                    method=name, checkpoint=each.checkpoint, **about, accuracy=accuracy, ci95=ci95, transductive=joint,
+                    text=getattr(each.method, 'text', False),
+                    parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
+                    frames=each.config['frames'],
+                    backbone=os.path.basename(each.config['clip']), weights_hash=each.weights_hash,
+                    trained_on=each.trained_on, selection='val' if each.checkpoint else None, seconds=time.time() - began,
+                    per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))],
+                    confusion=confusion.tolist()))
+                rights.append(right)
+                print(line(rows[-1]), flush=True)
+    return rows, rights, used
+
+
+def line(row):
+    """One row of the table, for people."""
+    runs = f' ({len(row["checkpoint"])} checkpoints, spread {row["spread"]:.2f})' if 'spread' in row else ''
+    return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15} '
+            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %{runs}   {row["episodes"]} episodes ({row["episodes_hash"]}), '
+            f'{row["queries"]} query a class, {"transductive" if row["transductive"] else "inductive"}, {row["seconds"]:.1f} s')

@@ -1,0 +1,88 @@
+"""Methods behind the seam: those of methods/, and the one that the README shows whole."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train_eval import run, world  # noqa: F401
+
+import eval as evaluation
+import predict
+import train
+from clip_loader import CLIP
+from config import DEFAULTS, find_method
+from model import Episode
+
+README = Path(__file__).resolve().parent.parent / 'README.md'
+
+
+def built(name, embed_dim=16, **options):
+    torch.manual_seed(0)
+    clip = CLIP(32, 16, 64, 2, embed_dim, vocab_size=514, context_length=24, text_width=64, text_layers=1).requires_grad_(False)
+    method, _ = find_method(name)
+    return clip, method(clip, ['a', 'b'], DEFAULTS | getattr(method, 'options', {}) | options)
+
+
+def episode(videos, names=('a', 'b', 'c'), classes=(2, 0)):
+    """A 2-way episode: three supports, two of the second way, then queries."""
+    return Episode(torch.tensor([0, 1, 1]), torch.tensor([classes]), list(names), False, index=torch.arange(videos)[None])
+
+
+def test_mean_pool_by_hand():
+    _, method = built('mean_pool')
+    frames = F.normalize(torch.randn(5, 4, 16), dim=-1)
+    pooled = F.normalize(frames.mean(1), dim=-1)
+    expected = torch.stack([pooled[0], F.normalize(pooled[1] + pooled[2], dim=0)])
+    scores = method.scores(method.video(3 * frames), episode(5))  # lengths say nothing
+    torch.testing.assert_close(scores[0] / 100, pooled[3:] @ expected.T)
+
+
+def test_zero_shot_by_hand():
+    """The texts of the episode's own classes, in the order of its ways; supports play no part."""
+    clip, method = built('zero_shot', templates=['a {}'])
+    frames = torch.randn(5, 4, 16)
+    texts = clip.texts(['a', 'b', 'c'], ['a {}'])
+    query = F.normalize(F.normalize(frames[3:], dim=-1).mean(1), dim=-1)
+    scores = method.scores(method.video(frames), episode(5))
+    torch.testing.assert_close(scores[0] / 100, query @ texts[[2, 0]].T)
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'vba'])
+def test_nothing_outside_an_episode_has_a_say(name):
+    """A query's scores move neither with the other queries nor with a video that no episode holds."""
+    _, method = built(name, levels=1, frames=4, cross_video='inductive', temporal_adapter=False)
+    shape = (6, 4, 16) if method.sees == ('image',) else (6, 4, 5, 64)
+    seen = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    other = seen.clone()
+    other[4:] = torch.randn(shape, generator=torch.Generator().manual_seed(1))[4:]
+    with torch.no_grad():
+        first, second = (method.eval().scores(method.video(x), episode(5))[0, 0] for x in (seen, other))
+    torch.testing.assert_close(first, second)
+
+
+def test_the_readmes_method_trains_tests_and_predicts(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Exactly its text, in a file outside of this repository."""
+    text, = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+    (tmp_path / 'my_idea.py').write_text(text)
+    named, out = f'--method={tmp_path / "my_idea.py"}', tmp_path / 'run'
+    run(train, world, named, '--depth=2', f'--out_dir={out}')
+    saved = torch.load(out / 'best.pt', weights_only=True)
+    assert saved['config']['depth'] == 2 and 'blocks.layers.1.linear1.weight' in saved['model']
+    run(evaluation, world, named, f'--ckpt={out / "best.pt"}', f'--out_dir={tmp_path / "again"}', '--probe=True')
+    rows, again = (json.loads((folder / 'results.json').read_text()) for folder in (out, tmp_path / 'again'))
+    accuracy = {(row['method'], row['shot']): row['accuracy'] for row in again}
+    assert {row['method'] for row in rows} == {'mean_pool', 'zero_shot', 'my_idea'}
+    assert all(row['accuracy'] == accuracy[row['method'], row['shot']] for row in rows)
+    assert ('my_idea, queries reversed', 1) in accuracy and not any(row['transductive'] for row in rows)
+
+    for name in ('grow', 'shrink'):
+        shutil.copytree(world / 'clips' / name, tmp_path / 'examples' / name)
+    monkeypatch.setattr('sys.argv', ['predict.py', named, f'--ckpt={out / "best.pt"}', f'--support={tmp_path / "examples"}',
+                                     f'--query={world / "clips" / "grow" / "0000.mp4"}', '--workers=0', '--device=cpu'])
+    predict.main()
+    printed = capsys.readouterr().out
+    assert 'my_idea, 2 classes, 6 examples each' in printed and re.search(r'0000.mp4: (grow|shrink) [01]\.\d+', printed)

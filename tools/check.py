@@ -1,0 +1,121 @@
+"""Before you train: finds and opens every video of a config's lists.
+
+    python data.py sample_configs/diving48.py [--key=value ...]
+    python data.py sample_configs/diving48.py --sheet=clips.png
+"""
+
+import json
+import os
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from config import load_config
+from data import Split, episode, fit_episode, list_videos, load_splits, read_verdicts, verdict_file
+from decode import stamp
+from reader import ClipReader
+
+OPTIONS = dict(
+    sheet=None,                # write this PNG of training clips as the model sees them, instead of the check
+)
+
+
+def check(config):
+    """Finds and opens every video of the splits, on all cores, and prints what is missing, unreadable or too short.
+
+    Verdicts are kept as they come: a second run opens only what is new. Stops with status 1 if no model can be trained.
+    """
+    listing, verdicts = list_videos(config), read_verdicts(config)
+    found = {video: stamp(video) for _, listed in listing.values() for _, _, video in listed if video}
+    todo = [video for video, key in found.items() if key not in verdicts]
+    try:
+        os.makedirs(os.path.dirname(verdict_file(config)), exist_ok=True)
+        file = open(verdict_file(config), 'a', encoding='ascii')
+    except OSError as error:
+        sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
+    reader = ClipReader(dict(config, workers=config['workers'] or None), 1)
+    try:
+        with file:
+            for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
+                verdict = verdicts[found[video]] = frames, note, problem and problem.removeprefix(video.path + ': ')
+                file.write('\n' + json.dumps([found[video], *verdict]))
+                file.flush()
+    finally:
+        reader.close()
+
+    print(f'split    classes  listed   found missing unreadable damaged  below {config["frames"]} frames')
+    bad, splits = [], {}
+    for split, (classes, listed) in listing.items():
+        counts, good = dict(missing=0, unreadable=0, damaged=0, short=0), []
+        for label, name, video in listed:
+            frames, note, problem = verdicts[found[video]] if video else (0, None, 'missing')
+            counts['missing'] += video is None
+            counts['unreadable'] += video is not None and problem is not None
+            counts['damaged'] += note is not None
+            counts['short'] += problem is None and frames < config['frames']
+            if problem or note:
+                bad.append(f'{split}\t{classes[label]}\t{video.path if video else name}\t{problem or note}')
+            if not problem:
+                good.append((label, video))
+        print(f'{split:8}{len(classes):8}{len(listed):8}{len(listed) - counts["missing"]:8}{counts["missing"]:8}'
+              f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
+        splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+    report = os.path.join(config['out_dir'], 'check.txt')
+    os.makedirs(config['out_dir'], exist_ok=True)
+    with open(report, 'w', encoding='utf-8', errors='surrogateescape') as file:
+        file.writelines(line + '\n' for line in bad)
+    for line in bad[:5]:
+        print('  ' + line.replace('\t', '  '))
+    if bad:
+        print(f'All {len(bad)} of them, one a line: {report}')
+
+    way, shot, queries = config['way'], config['shot'], config['queries']
+    needs = dict(train=(way, shot, queries), val=(way, 1, config['test_queries']),
+                 test=(way, max(config['test_shots']), config['test_queries']))
+    stop = None
+    for split, (way, shot, queries) in needs.items():
+        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
+               if len(found) < shot + queries]
+        if few:
+            print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
+                  f'{", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
+        if split == 'val':
+            way = min(way, len(splits[split].classes) or way)
+        try:
+            episode(splits[split], *fit_episode(config, splits[split], way, shot, queries), config['seed'], 0)
+        except SystemExit as error:
+            print(f'{split}: {error}')
+            stop = stop or (str(error) if split != 'test' else None)
+    if stop:
+        sys.exit(f'{config["dataset"] or "This"} cannot be trained: {stop}')
+    print(f'{config["dataset"] or "This"} can be trained.')
+
+
+def contact_sheet(config, path):
+    """Writes a PNG of training clips as the model sees them, one a row."""
+    split = load_splits(config)['train']
+    size = min(224, config['resize'])
+    reader = ClipReader(config, size)
+    try:
+        clips = episode(split, min(config['way'], len(split.classes)), 1, 1, config['seed'], 0)
+        frames, indices = next(reader.stream(split, [(0, clips)], True))
+    finally:
+        reader.close()
+    rows = frames.permute(0, 3, 1, 4, 2).reshape(len(frames) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
+    codec = av.CodecContext.create('png', 'w')
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *rows.shape[:2], 'rgb24', Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(rows, 'rgb24')
+    with open(path, 'wb') as file:
+        file.write(b''.join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
+    print(f'{path}: a clip a row, ' + ', '.join(split.classes[split.labels[i]] for i in indices))
+
+
+def main():
+    config = load_config(sys.argv[1:], OPTIONS, script=sys.modules[__name__])
+    if config['sheet']:
+        contact_sheet(config, config['sheet'])
+    else:
+        check(config)
