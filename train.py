@@ -197,9 +197,6 @@ def resume(config, path, method, clip, optimizer, scaler, state):
     if saved['scaler']:  # it was trained in half precision too
         scaler.load_state_dict(saved['scaler'])
     state.update(saved['state'])
-    torch.set_rng_state(saved['rng']['torch'])
-    if config['device'] != 'cpu' and saved['rng']['cuda'] is not None:
-        torch.cuda.set_rng_state(saved['rng']['cuda'], config['device'])
     print(f'resumed at step {state["iter"]}')
 
 
@@ -280,9 +277,8 @@ def main():
 
     def save(path):
         if rank == 0:
-            rng = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(config['device']) if cuda else None)
             checkpoint.save(path, method, clip, config, train.classes, state=state, optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), rng=rng)
+                            scaler=scaler.state_dict())
 
     reader = ClipReader(config, clip.visual.image_size)
     try:
@@ -299,6 +295,7 @@ def main():
                 now = time.perf_counter()
                 seen, indices = next(batches)
                 waited += time.perf_counter() - now
+                torch.manual_seed(np.random.default_rng([config['seed'], state['iter'], rank]).integers(2 ** 62))  # for dropout
                 classes = torch.from_numpy(train.labels[indices[:, :way * shot:shot]]).to(config['device'])
                 numbers = gradients(config, step, scaler, seen, Episode(labels, classes, train.classes, answers=answers))
                 update(config, method, optimizer, scaler, state['iter'])

@@ -18,7 +18,7 @@ from torch import nn
 
 import clip_loader
 from clip_loader import CLIP, Tokenizer, load_clip
-from tools import fetch
+from tools import fetch, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning', 'ignore:Detected pickle protocol')
 SIZES = dict(image_size=32, patch_size=8, width=64, layers=2, embed_dim=16,
@@ -144,7 +144,7 @@ def test_archive_of_real_layers(tmp_path):
     with contextlib.suppress(AttributeError):
         torch.jit.script(layer).save(str(tmp_path / 'x.pt'))
     with zipfile.ZipFile(tmp_path / 'x.pt') as archive:
-        read = clip_loader.read_archive(archive)
+        read = weights.read_archive(archive)
     expected = layer.state_dict()
     assert expected.keys() <= read.keys() and read['transposed'].stride() == (1, 5)
     assert all(torch.equal(read[name], x) and read[name].dtype == x.dtype for name, x in expected.items())
@@ -156,7 +156,7 @@ def test_other_tensors_of_openai_archives(state, tmp_path):
 
 
 def test_round_trip_is_exact(state):
-    back = clip_loader.openai_names(hugging_face(state))
+    back = weights.openai_names(hugging_face(state))
     assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
 
 
@@ -256,9 +256,9 @@ def test_tampered_archive(state, tmp_path):
     (0, (10 ** 12,), (0,)), (0, (2, 3), (1,)), (0, (2.0,), (1,)), (0, (2 ** 63, 2), (2 ** 63, 1))])
 def test_view_stays_in_its_storage(offset, size, stride):
     storage = torch.arange(6.)
-    assert torch.equal(clip_loader.view(storage, 1, (2, 2), (1, 3)), torch.tensor([[1., 4.], [2., 5.]]))
+    assert torch.equal(weights.view(storage, 1, (2, 2), (1, 3)), torch.tensor([[1., 4.], [2., 5.]]))
     with pytest.raises(ValueError, match='a tensor of size'):
-        clip_loader.view(storage, offset, size, stride)
+        weights.view(storage, offset, size, stride)
 
 
 @pytest.mark.parametrize('change, message', [

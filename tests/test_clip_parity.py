@@ -12,6 +12,7 @@ from test_clip_loader import hugging_face
 
 import clip_loader
 from clip_loader import load_clip
+from tools import weights
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning', 'ignore::torch.jit.TracerWarning')
 GEOMETRIES = [(32, 2), (16, 2)]  # patch size, depth: ViT-B/32 and B/16 at 2 of their 12 blocks
@@ -145,7 +146,7 @@ def test_features_equal_transformers(tmp_path, patch_size, layers, act):
 def test_round_trip_through_transformers(tmp_path):
     """OpenAI's names -> a transformers model -> its file -> OpenAI's names: every bit the same."""
     model = transformers_model(32, 2)
-    sizes = clip_loader.geometry(clip_loader.openai_names(model.state_dict()), 'a model')
+    sizes = clip_loader.geometry(weights.openai_names(model.state_dict()), 'a model')
     state = shaken(clip_loader.CLIP(**sizes)).state_dict()
     model.load_state_dict(hugging_face(state))
     model.save_pretrained(tmp_path)
