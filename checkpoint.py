@@ -1,7 +1,7 @@
 """A CLIP and a method: built from a configuration, saved, loaded, told from others.
 
-In reading order: load_clip, build, freeze; save, load, restore; configure (checkpoints of a command line); fingerprint and the
-lists of options that must match; whole, save_json (files that are whole or not there).
+In reading order: load_clip, build, rebuild, freeze; save, load, restore; configure (checkpoints of a command line);
+fingerprint and the lists of options that must match; whole, save_json (files that are whole or not there).
 """
 
 import contextlib
@@ -29,13 +29,27 @@ def load_clip(config):
 def build(config, clip, names):
     """The method that a config names, beside a CLIP that is not in half precision yet; names: the classes it trains on. New
     parts are initialised from config['seed']. Stops with one sentence where the method refuses (ValueError, OSError)."""
-    method, _ = find_method(config['method'])
+    name, depth = name_of(config['method']), len(clip.visual.transformer.resblocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config['seed'])
         try:
-            return method(clip, names, config)
+            method = find_method(config['method'])[0](clip, names, config)
         except (OSError, ValueError) as error:
-            sys.exit(f'method={name_of(config["method"])}: {error}')
+            sys.exit(f'method={name}: {error}')
+    wrong = [what for what in method.sees if what not in ('pixels', 'image', *range(depth + 1))]
+    if wrong or not method.sees:
+        sys.exit(f"method={name}: sees={method.sees!r} may hold 'pixels', 'image' and numbers of blocks, 0 to {depth}.")
+    if any(p.requires_grad for p in clip.parameters()):
+        sys.exit(f'method={name} trains parts of the CLIP that all methods share: it must train a copy.')
+    method.names = list(names)
+    return method
+
+
+def rebuild(config, clip, checkpoint, path):
+    """The method of a checkpoint, ready to answer, on config['device']."""
+    method = build(config | dict(seed=checkpoint['config']['seed']), clip, checkpoint['names'])
+    restore(method, clip, checkpoint, path)
+    return method.to(config['device']).eval()
 
 
 def freeze(config, clip):
@@ -44,10 +58,10 @@ def freeze(config, clip):
     return clip
 
 
-def save(path, method, clip, config, names, **more):
+def save(path, method, clip, config, **more):
     """Writes what trains of a method and what it takes to build it again; more: what else train.py goes on from."""
     config = {key: value for key, value in config.items() if key not in MACHINE}
-    content = dict(model=trainable_state(method), config=config, names=names, weights_hash=clip.weights_hash, **more)
+    content = dict(model=trainable_state(method), config=config, names=method.names, weights_hash=clip.weights_hash, **more)
     with whole(path, 'wb') as file:
         torch.save(content, file)
 
@@ -65,6 +79,8 @@ def load(path, device='cpu', trusted=None):
     if 'names' not in checkpoint:
         sys.exit(f'{path} is from before methods were files of their own: train it again.')
     code = checkpoint['config']['method']
+    if trusted and name_of(code) == name_of(trusted):  # it may lie elsewhere now
+        code = checkpoint['config']['method'] = trusted
     if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
         sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
     return checkpoint
@@ -93,7 +109,10 @@ def configure(argv, own):
     paths = sum((sorted(glob.glob(os.path.expanduser(path))) or [path] for path in patterns), [])
     code = os.path.abspath(str(given['method'])) if 'method' in given else None
     saved = [load(path, trusted=code) for path in paths]
-    config = load_config(argv, own, made(saved[0]['config']) if saved and sample else saved[0]['config'] if saved else None)
+    brought = saved[0]['config'] if saved else None
+    if saved and sample:  # a test across data sets
+        brought = made(brought)
+    config = load_config(argv, own, brought)
     config['ckpt'] = paths
     found = []
     for path, each in zip(paths, saved):
@@ -131,17 +150,21 @@ def training_options(config):
 def fingerprint(config, clip, method=None):
     """A dict of all that decides what CLIP shows of a video, and what a method makes of it: features kept somewhere serve
     another run if it is equal."""
+    files = [os.path.join(ROOT, name) for name in ('model.py', 'decode.py', 'reader.py')]
     keys = (*LOOK, 'test_sampling', 'dtype', 'frozen_dtype', 'seed')
     found = dict({key: config[key] for key in keys}, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size)
     if method is not None:
         digest = hashlib.sha256()
         for name, value in trainable_state(method).items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
-        with open(find_method(config['method'])[1], 'rb') as file:
-            code = hashlib.sha256(file.read()).hexdigest()
-        found |= dict(method=name_of(config['method']), code=code, parameters=digest.hexdigest(),
-                      **{key: config[key] for key in options_of(config)})
-    return found
+        files.append(find_method(config['method'])[1])
+        found |= dict(method=name_of(config['method']), names=method.names, templates=config['templates'],
+                      parameters=digest.hexdigest(), **{key: config[key] for key in options_of(config)})
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, 'rb') as file:
+            digest.update(file.read())
+    return found | dict(code=digest.hexdigest())
 
 
 # ---- Files

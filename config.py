@@ -116,12 +116,19 @@ def find_method(method):
     path = method if method.endswith('.py') else os.path.join(ROOT, 'methods', f'{method}.py')
     if not os.path.isfile(path):
         sys.exit(f'There is no method {method!r}; there are {", ".join(methods())}, and the path of a file such as my_idea.py.')
-    spec = importlib.util.spec_from_file_location(name_of(method), path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, 'Method'):
+    name = f'method {path}'  # torch.compile looks modules up by name: one that no other has
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    if not hasattr(sys.modules[name], 'Method'):
         sys.exit(f'{path} defines no class Method.')
-    return module.Method, path
+    return sys.modules[name].Method, path
 
 
 def load_config(argv, own=None, saved=None, script=None):
@@ -151,7 +158,10 @@ def load_config(argv, own=None, saved=None, script=None):
             print_options(title, {key: section[key] for key in section if key not in (own or {}) | options}, __file__)
         sys.exit()
     defaults.update(options)
-    config = {**defaults, **(saved or {})}
+    config = dict(defaults)
+    for key, value in (saved or {}).items():
+        if key in options or (key in DEFAULTS and key not in (*MACHINE, 'prepare')):  # a stranger's may hold anything
+            config[key] = checked(key, value, defaults[key], choices, ROOT, 'the checkpoint')
     for settings, folder, source in layers:
         for key, value in unfold(settings, defaults, name_of(name)).items():
             if key not in defaults:
@@ -247,7 +257,7 @@ def checked(key, value, default, choices, folder, source):
     elif type(value) is not type(default):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
     if isinstance(value, list):
-        kind = int if key in ('test_ways', 'test_shots') else str
+        kind = type(default[0]) if isinstance(default, list) else int if key == 'test_ways' else str
         if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
             sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
     if key in POSITIVE and value is not None and value <= 0:

@@ -26,7 +26,7 @@ from decode import stamp
 from model import bring, look
 
 BLOCK = 16  # videos encoded at a time
-DONE, UNREADABLE = 1, 2  # states of a video in a file of what is kept; 0: not yet
+DONE, UNREADABLE = 1, 2  # states of a video in a file of what is kept; 0: not yet. What could not be read is tried again
 
 
 class Kept(NamedTuple):
@@ -79,7 +79,7 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
         state, *found = columns(path, count, [((), np.dtype(np.uint8)), *specs])
 
     blocks = [np.arange(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
-    blocks = [block for block in blocks if not state[block].all()]
+    blocks = [block for block in blocks if (state[block] != DONE).any()]
     ranks.barrier()  # all have seen what is left to do
     own = blocks[rank::world]
     if draw is None:
@@ -91,12 +91,14 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
             clips, f'encoding {split.name} videos', len(own), unit_scale=BLOCK, unit='video')):
         read = indices if draw is None else block
         if len(read):
-            frames = frames.to(config['device'], non_blocking=True).flatten(0, -5)  # (n, T, 3, H, W)
+            frames = frames.to(config['device'], non_blocking=True)
+            frames = frames if draw is None else frames[:, 0]  # (n, T, 3, H, W)
             with amp(config):
                 seen = look(clip.visual, frames, sees)
             for column, x in zip(found, make(seen)):
                 column[read] = x.cpu().numpy()
-        state[block] = np.where(np.isin(block, read), DONE, UNREADABLE)
+        state[np.setdiff1d(block, read)] = UNREADABLE
+        state[read] = DONE
     ranks.barrier()
 
     rows = np.flatnonzero(state == DONE)
@@ -140,7 +142,7 @@ def columns(path, count, specs):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'ab') as file:
-                if file.tell() != sum(sizes):  # new, or not whole
+                if file.tell() not in (0, sum(sizes)):  # not whole
                     file.truncate(0)
                 if hasattr(os, 'posix_fallocate'):
                     os.posix_fallocate(file.fileno(), 0, sum(sizes))  # a full disk is told now, not by a signal later

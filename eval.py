@@ -109,7 +109,8 @@ def print_mistakes(row, most=5):
     np.fill_diagonal(share, 0)
     print(f'{row["method"]} {row["shot"]}-shot, most often mistaken:')
     for true, guessed in list(zip(*np.unravel_index(np.argsort(-share, axis=None), share.shape)))[:most]:
-        print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
+        if share[true, guessed]:
+            print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
 
 
 def encode_all(config, found, split):
@@ -123,10 +124,9 @@ def encode_all(config, found, split):
         first = group[0][2] if group else config
         with ranks.rank_0_first():  # it fetches what is missing
             clip = checkpoint.load_clip(first)
-            methods = [] if tested else testing.untrained(first, clip, split.classes)
+            methods = [] if tested else testing.untrained(first, clip, split.classes, [config['method']] * (not found))
         for path, saved, own in group:
-            method = checkpoint.build(own, clip, saved['names']).to(config['device'])
-            checkpoint.restore(method, clip, saved, path)
+            method = checkpoint.rebuild(own, clip, saved, path)
             methods.append(testing.Tested(own, method, clip.weights_hash, path, saved['config']['dataset']))
         checkpoint.freeze(config, clip)
         reader = ClipReader(first, clip.visual.image_size)
@@ -158,8 +158,9 @@ def main():
     if ranks.rank_of()[0] == 0:
         print_pairs(rows, rights)
         rows += together(rows, rights, {path: recipe(saved['config']) for path, saved, _ in found})
-        print_mistakes(rows[-1])
-        pictures.confusion(rows[-1], os.path.join(config['out_dir'], 'confusion.png'))
+        plain = [row for row in rows if ', queries' not in row['method']][-1]
+        print_mistakes(plain)
+        pictures.confusion(plain, os.path.join(config['out_dir'], 'confusion.png'))
         across = any(saved['config']['dataset'] != config['dataset'] for _, saved, _ in found)
         name = f'results_{config["dataset"]}.json' if across else 'results.json'
         checkpoint.save_json(os.path.join(config['out_dir'], name), rows)

@@ -11,6 +11,7 @@ VBA is one method, and methods/ holds others. A method is an nn.Module with
     sees                        what it needs of the frozen CLIP, as `look` takes it
     options, choices            its own options with their defaults, and what those may be, as in config.py
     text, transductive          whether it reads class names; whether queries of an episode may see each other
+    takes                       of how many of the kept tensors `scores` takes copies for its episodes, if not of all
     __init__(clip, names, config)          names: the training classes
     video(*seen)                what is kept of V videos, each alone: a tuple of (V, ...)
     scores(kept, episode)       logits (E, M, N), higher is better
@@ -207,8 +208,10 @@ def look(visual, frames, sees):
     'pixels': the frames; 'image': CLIP's image features (V, T, embed_dim); a number m: the tokens after m blocks, the class
     token first, (V, T, 1+L, D).
     """
+    if set(sees) == {'pixels'}:
+        return [frames]
     blocks, pixels = visual.transformer.resblocks, frames.flatten(0, 1)
-    depth = len(blocks) if 'image' in sees else max((m for m in sees if m != 'pixels'), default=0)
+    depth = len(blocks) if 'image' in sees else max(m for m in [*sees] if m != 'pixels')
     shown = []
     for chunk in pixels.split(CPU_CHUNK if pixels.device.type == 'cpu' else len(pixels)):
         images = visual.normalise(chunk)
@@ -367,6 +370,7 @@ class VBA(nn.Module):
         loss='class',           # 'pairwise': (3.8), (3.9) over all pairs
         recompute=False,        # compute adapted blocks again in backward: less memory, slower
     )
+    takes = 1  # the tokens are read by index, see `Level.cross_frame`
     choices = dict(cross_video=('joint', 'inductive', False), alpha_init=('random', 'zero'), mlp_order=('serial', 'parallel'),
                    loss=('class', 'pairwise'))
 
@@ -482,5 +486,5 @@ def pairwise_loss(log_score, episode):
 
 def trainable_state(method):
     """The parameters that train and the buffers, by name: all that a checkpoint holds of a method."""
-    frozen = {name for name, p in method.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in method.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: x for name, x in method.state_dict().items() if name not in frozen}

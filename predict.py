@@ -203,17 +203,18 @@ def main():
     config, found = checkpoint.configure(sys.argv[1:], OPTIONS)
     if len(found) > 1:
         sys.exit(f'predict.py takes one checkpoint, not {len(found)}.')
-    path, saved, config = found[0] if found else (None, dict(names=[]), config)
+    path, saved, config = found[0] if found else (None, None, config)
     config.update(cache_gb=0.0, cache_dir=None)  # every clip is read once
     if not config['support'] or not (config['query'] or config['save_support']):
         sys.exit('predict.py needs --support=<a folder with a folder per class> and --query=<clips>.')
     resolve(config)
     clip = checkpoint.load_clip(config)
-    method = checkpoint.build(config, clip, saved['names']).to(config['device']).eval()
     if found:
-        checkpoint.restore(method, clip, saved, path)
-    elif any(p.requires_grad for p in method.parameters()):
-        sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
+        method = checkpoint.rebuild(config, clip, saved, path)
+    else:
+        method = checkpoint.build(config, clip, []).to(config['device']).eval()
+        if any(p.requires_grad for p in method.parameters()):
+            sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
     checkpoint.freeze(config, clip)
 
     reader = ClipReader(config, clip.visual.image_size)

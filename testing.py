@@ -25,7 +25,7 @@ import ranks
 from config import amp, name_of
 from model import Episode
 
-QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # of what is kept first, for the episodes at a time: on a CPU it fits its caches
+QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # that the episodes at a time may take: on a CPU it fits its caches
 PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries of a test may be given
 
 
@@ -59,15 +59,18 @@ class Tested(NamedTuple):
     tensors: list = ()  # what it keeps: (V * orders, ...), the orders of a video one after the other
 
 
-def untrained(config, clip, names):
-    """The rows of every table that nothing is trained for."""
+def untrained(config, clip, names, more=()):
+    """The rows of every table that nothing is trained for; more: methods that are among them if they need no training."""
     found = []
-    for name in ('mean_pool', 'zero_shot') if clip.vocab_size else ('mean_pool',):
+    for name in dict.fromkeys(('mean_pool', 'concat', *(['zero_shot'] if clip.vocab_size else []), *more)):
         own = config | dict(method=name)
         try:
-            found.append(Tested(own, checkpoint.build(own, clip, names), clip.weights_hash))
+            method = checkpoint.build(own, clip, names)
         except SystemExit as error:
             print(f'no row {name}: {error}')
+            continue
+        if not any(p.requires_grad for p in method.parameters()):
+            found.append(Tested(own, method, clip.weights_hash))
     return found
 
 
@@ -112,7 +115,7 @@ def answers(config, method, tensors, index, labels, classes, names, joint, note)
     device, (rank, world) = config['device'], ranks.rank_of()
     index, labels, classes = (torch.from_numpy(x).to(device) for x in (index, labels, classes))
     count, videos = index.shape
-    size = 4 * math.prod(tensors[0].shape[1:]) * videos  # bytes
+    size = 4 * videos * sum(math.prod(x.shape[1:]) for x in tensors[:getattr(method, 'takes', None)])  # bytes of an episode
     batch = int(np.clip(QUERY_BYTES[torch.device(device).type] // size, 1, -(-count // world)))
     found = torch.zeros(count, videos - len(labels), dtype=torch.int64, device=device)
     firsts = range(0, count, batch)[rank::world]

@@ -68,12 +68,15 @@ def batches_of(config, clip, sees, split, reader, jobs):
 def batches_kept(config, clip, sees, split, reader, jobs):
     """The same from cache_prefix random draws of each video, which CLIP has seen once and for all."""
     draws = [encoding.keep_seen(config, clip, split, reader, sees, draw).tensors for draw in range(config['cache_prefix'])]
-    for first, indices in jobs:  # (E, B)
-        seen = []
-        for i, rows in enumerate(torch.from_numpy(indices)):  # an episode is of one draw
-            draw = draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))]
-            seen.append([x[rows.to(x.device)] for x in draw])
-        yield [torch.cat(parts) for parts in zip(*seen)], indices
+
+    def batches():
+        for first, indices in jobs:  # (E, B)
+            seen = []
+            for i, rows in enumerate(torch.from_numpy(indices)):  # an episode is of one draw
+                draw = draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))]
+                seen.append([x[rows.to(x.device)] for x in draw])
+            yield [torch.cat(parts) for parts in zip(*seen)], indices
+    return batches()
 
 
 def on_device(batches, device):
@@ -117,10 +120,10 @@ def optimizer_of(config, method):
 
 def gradients(config, step, scaler, seen, episode):
     """Forward and backward of E episodes, micro_batch at a time -> the loss and the share of right answers, (2,)."""
-    share, videos = episode.answers.shape[0], len(seen[0])
-    size, numbers = config['micro_batch'] or share, 0
+    share = len(episode.answers)
+    size, videos, numbers = config['micro_batch'] or share, len(seen[0]) // share, 0
     for i in range(0, share, size):
-        of = slice(i * videos // share, min(i + size, share) * videos // share)
+        of = slice(i * videos, (i + size) * videos)
         part = episode._replace(classes=episode.classes[i:i + size], answers=episode.answers[i:i + size])
         weight = len(part.answers) / share
         final = i + size >= share  # gradients of all ranks meet once a step
@@ -277,7 +280,7 @@ def main():
 
     def save(path):
         if rank == 0:
-            checkpoint.save(path, method, clip, config, train.classes, state=state, optimizer=optimizer.state_dict(),
+            checkpoint.save(path, method, clip, config, state=state, optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict())
 
     reader = ClipReader(config, clip.visual.image_size)
@@ -305,7 +308,8 @@ def main():
 
                 logs = state['iter'] % config['log_interval'] == 0
                 validates = state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']
-                while len(unsettled) > (cuda and not logs and not validates):  # on CUDA a step late: so it need not wait
+                late = 1 if cuda and not logs and not validates else 0  # on CUDA a step late: so it need not wait
+                while len(unsettled) > late:
                     stopped = settle(state, train, *unsettled.pop(0)) or stopped
                 if logs:
                     seconds = time.perf_counter() - began
@@ -327,6 +331,8 @@ def main():
             with ranks.rank_0_first():  # torchrun ends all as soon as one ends
                 save(last)
             sys.exit(f'Stopped at step {state["iter"]} by a signal; --resume=True goes on from {last}.')
+
+        batches.close()  # nothing more is read ahead
 
         # the test split is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt

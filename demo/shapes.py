@@ -229,7 +229,9 @@ def write_clip(job):
     frames, rate = clip(name, seed, number)
     temporary = f'{path}.{os.getpid()}.tmp'
     with av.open(temporary, 'w', format='mp4') as container:
-        stream = container.add_stream('libx264', rate, options=dict(crf='20', preset='veryfast', threads='1'))
+        # without mbtree: with it x264 gives other bytes each time on some processors
+        options = dict(crf='20', preset='veryfast', threads='1', mbtree='0')
+        stream = container.add_stream('libx264', rate, options=options)
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, 'yuv420p'
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))

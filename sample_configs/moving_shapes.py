@@ -8,6 +8,7 @@ config = dict(
     resize=64,
     augment='none',
     vba=dict(temporal_adapter=False),
+    matrix=dict(lr=1e-2),
     cache_prefix=2,
     flip=False,
     shot=5,

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_eval import run, world  # noqa: F401
+from test_train_eval import run, same, world  # noqa: F401
 
+import checkpoint
 import eval as evaluation
 import predict
 import train
 from clip_loader import CLIP
 from config import DEFAULTS, find_method
-from model import Episode
+from model import Episode, Step, look
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
 
@@ -41,6 +42,36 @@ def test_mean_pool_by_hand():
     torch.testing.assert_close(scores[0] / 100, pooled[3:] @ expected.T)
 
 
+def test_concat_by_hand():
+    """The mean over frames of the cosine of frame t to frame t; a reversed query is another one."""
+    _, method = built('concat')
+    frames = F.normalize(torch.randn(5, 4, 16), dim=-1)
+    support = torch.stack([frames[0], (frames[1] + frames[2]) / 2])  # (2, 4, 16)
+    lengths = support.flatten(1).norm(dim=1)
+    expected = torch.einsum('mtd,ntd->mn', frames[3:], support) / 2 / lengths  # a query is of length 2
+    scores = method.scores(method.video(7 * frames), episode(5))
+    torch.testing.assert_close(scores[0] / 100, expected)
+    reversed_queries = torch.cat([frames[:3], frames[3:].flip(1)])
+    assert not torch.allclose(method.scores(method.video(reversed_queries), episode(5)), scores, atol=1)
+
+
+def test_matrix_by_hand():
+    """64 numbers for 8 frames; a sum over pairs of frames, written as loops."""
+    _, method = built('matrix', frames=4)
+    assert [p.shape for p in method.parameters()] == [(4, 4)] and built('matrix')[1].matrix.numel() == 64
+    with torch.no_grad():
+        method.matrix.copy_(torch.randn(4, 4))
+        frames = torch.randn(5, 4, 16)
+        scores = method.scores(method.video(frames), episode(5))
+        unit = F.normalize(frames, dim=-1)
+        moved = F.normalize(unit - unit[:3].mean((0, 1)), dim=-1)
+        classes = [moved[0], F.normalize(moved[1] + moved[2], dim=-1)]
+        for m, query in enumerate(moved[3:]):
+            for n, prototype in enumerate(classes):
+                pairs = [method.matrix[a, b] * (query[a] @ prototype[b]) for a in range(4) for b in range(4)]
+                torch.testing.assert_close(scores[0, m, n], sum(pairs), rtol=1e-4, atol=1e-5)
+
+
 def test_zero_shot_by_hand():
     """The texts of the episode's own classes, in the order of its ways; supports play no part."""
     clip, method = built('zero_shot', templates=['a {}'])
@@ -51,10 +82,10 @@ def test_zero_shot_by_hand():
     torch.testing.assert_close(scores[0] / 100, query @ texts[[2, 0]].T)
 
 
-@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'vba'])
+@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba'])
 def test_nothing_outside_an_episode_has_a_say(name):
     """A query's scores move neither with the other queries nor with a video that no episode holds."""
-    _, method = built(name, levels=1, frames=4, cross_video='inductive', temporal_adapter=False)
+    _, method = built(name, frames=4, levels=1, cross_video='inductive', temporal_adapter=False)
     shape = (6, 4, 16) if method.sees == ('image',) else (6, 4, 5, 64)
     seen = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     other = seen.clone()
@@ -64,18 +95,55 @@ def test_nothing_outside_an_episode_has_a_say(name):
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize('name', ['matrix', 'vba', 'readme'])
+def test_methods_compile_in_one_graph(name, tmp_path):
+    """As on a GPU; torch.compile looks a method's file up by the name of its module."""
+    torch._dynamo.reset()
+    path = tmp_path / 'train.py'  # named as one of ours
+    path.write_text(readmes_method())
+    clip, method = built(str(path) if name == 'readme' else name, frames=4, levels=1, dropout=0.0)
+    seen = look(clip.visual, torch.randint(256, (10, 4, 3, 32, 32), dtype=torch.uint8), method.sees)
+    ways = Episode(torch.tensor([0, 1, 1]), torch.tensor([[1, 0]] * 2), ['a', 'b'], answers=torch.tensor([[0, 1]] * 2))
+    loss, scores = torch.compile(Step(method), fullgraph=True, backend='eager')(seen, ways)
+    expected, _ = Step(method)(seen, ways)
+    torch.testing.assert_close(loss, expected)
+    assert scores.shape == (2, 2, 2)
+
+
+INIT = 'def __init__(self, clip, names, config):\n        super().__init__()'
+
+
+@pytest.mark.parametrize('sees, more, said', [
+    ('images', '', "sees=('images',) may hold"), (3, '', 'numbers of blocks, 0 to 2'),
+    ('image', '\n        self.tower = clip.visual.requires_grad_()', 'it must train a copy')])
+def test_methods_that_cannot_be(tmp_path, sees, more, said):
+    text = f'from torch import nn\n\n\nclass Method(nn.Module):\n    sees = ({sees!r},)\n\n    {INIT}{more}\n'
+    (tmp_path / 'bad.py').write_text(text)
+    clip = CLIP(32, 16, 64, 2, 16).requires_grad_(False)
+    with pytest.raises(SystemExit) as stopped:
+        checkpoint.build(DEFAULTS | dict(method=str(tmp_path / 'bad.py')), clip, [])
+    assert said in str(stopped.value)
+
+
+def readmes_method():
+    text, = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+    return text
+
+
 def test_the_readmes_method_trains_tests_and_predicts(world, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Exactly its text, in a file outside of this repository."""
-    text, = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
-    (tmp_path / 'my_idea.py').write_text(text)
+    (tmp_path / 'my_idea.py').write_text(readmes_method())
     named, out = f'--method={tmp_path / "my_idea.py"}', tmp_path / 'run'
     run(train, world, named, '--depth=2', f'--out_dir={out}')
     saved = torch.load(out / 'best.pt', weights_only=True)
     assert saved['config']['depth'] == 2 and 'blocks.layers.1.linear1.weight' in saved['model']
+    run(train, world, named, '--depth=2', f'--out_dir={tmp_path / "resumed"}', '--max_iters=3')
+    run(train, world, named, '--depth=2', f'--out_dir={tmp_path / "resumed"}', '--resume=True')
+    assert same(tmp_path / 'resumed' / 'last.pt', out / 'last.pt')  # its dropout too
     run(evaluation, world, named, f'--ckpt={out / "best.pt"}', f'--out_dir={tmp_path / "again"}', '--probe=True')
     rows, again = (json.loads((folder / 'results.json').read_text()) for folder in (out, tmp_path / 'again'))
     accuracy = {(row['method'], row['shot']): row['accuracy'] for row in again}
-    assert {row['method'] for row in rows} == {'mean_pool', 'zero_shot', 'my_idea'}
+    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot', 'my_idea'}
     assert all(row['accuracy'] == accuracy[row['method'], row['shot']] for row in rows)
     assert ('my_idea, queries reversed', 1) in accuracy and not any(row['transductive'] for row in rows)
 

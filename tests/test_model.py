@@ -424,8 +424,9 @@ def test_looking_compiles_in_one_graph(monkeypatch):
     monkeypatch.setattr('model.CPU_CHUNK', 1000)  # one chunk, as on a GPU
     (_, visual), frames = fresh(), clips(3)
     compiled = torch.compile(look, fullgraph=True, dynamic=False, backend='aot_eager')
-    for x, y in zip(compiled(visual, frames, ('image', 3)), look(visual, frames, ('image', 3))):
-        torch.testing.assert_close(x, y)
+    for sees in (('image', 3), (2, 4), (3,), ('pixels', 1)):
+        for x, y in zip(compiled(visual, frames, sees), look(visual, frames, sees)):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize('adapter', [True, False])

@@ -123,7 +123,7 @@ def test_training_writes_what_it_promises(world, trained):
     assert [entry['iter'] for entry in log(out_dir)] == [2, 4, 6]
     rows = json.loads((out_dir / 'results.json').read_text())
     assert [(row['method'], row['shot']) for row in rows] == [
-        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'zero_shot', 'vba joint', 'vba inductive')]
+        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'concat', 'zero_shot', 'vba joint', 'vba inductive')]
     for row in rows:
         assert {'dataset', 'split', 'way', 'queries', 'episodes', 'episodes_hash', 'accuracy', 'ci95', 'frames', 'sampling',
                 'backbone', 'weights_hash', 'seed', 'seconds', 'missing'} <= set(row)
@@ -253,9 +253,9 @@ def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path, m
     first = run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
     assert 'encoded 12 of 12 test videos' in first.output and rows_of(tmp_path / '1') == rows_of(trained[0])
     again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
-    assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[4:]
+    assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[5:]
     file, = tmp_path.glob('features_test_*.bin')
-    whole, sizes = file.read_bytes(), (128, 128, 512, 4096)  # bytes a video: mean_pool, zero_shot, vba's Q*_0 and its tokens
+    whole, sizes = file.read_bytes(), (128, 512, 128, 512, 4096)  # bytes a video: mean_pool, concat, zero_shot, vba (two)
     assert len(whole) == 64 + 12 * sum(sizes) and whole[:12] == bytes([encoding.DONE] * 12)
     for undone in (slice(4, 8), slice(6, 7)):  # a block; a video, and with it its block
         broken, start = bytearray(whole), 64
@@ -279,7 +279,7 @@ def test_features_file_that_was_cut_off_is_no_whole_one(world, trained, tmp_path
     file.write_bytes(whole[:len(whole) // 12 * 7 + 5])
     cut = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')
     assert 'encoded 0 of' not in cut.output
-    assert file.read_bytes() == whole and rows_of(tmp_path / '2') == rows_of(tmp_path / '1') == rows_of(trained[0])[4:]
+    assert file.read_bytes() == whole and rows_of(tmp_path / '2') == rows_of(tmp_path / '1') == rows_of(trained[0])[5:]
 
 
 def test_interrupted_encoding_goes_on(world, trained, tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_interrupted_encoding_goes_on(world, trained, tmp_path, monkeypatch):
     calls = itertools.count()
 
     def videos(*args, videos=encoding.videos):
-        if next(calls) == 3 * 2 + 1:  # of three methods, black frames once, then block by block
+        if next(calls) == 4 * 2 + 1:  # of four methods, black frames once, then block by block
             raise KeyboardInterrupt
         return videos(*args)
 
@@ -314,8 +314,8 @@ def test_unreadable_test_videos_leave_the_rows_of_the_others(world, trained, tmp
     first = run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
     assert 'encoded 14 of 14' in first.output and capfd.readouterr().err.count('left out') == 2
     assert rows_of(tmp_path / '1') == [{**row, 'missing': 2} for row in rows_of(trained[0])]
-    again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')  # the file knows which these are
-    assert 'encoded 0 of 14' in again.output and rows_of(tmp_path / '2') == rows_of(tmp_path / '1')
+    again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')  # what could not be read is tried again
+    assert 'encoded 14 of 14' in again.output and rows_of(tmp_path / '2') == rows_of(tmp_path / '1')
 
 
 @pytest.mark.parametrize('block, kept', [(16, 0), (4, 2), (16, 2)])
@@ -326,7 +326,7 @@ def test_unreadable_training_and_validation_videos(world, tmp_path, monkeypatch,
     run(train, world, *options, f'--out_dir={tmp_path / "run"}')
     said = capfd.readouterr().err
     assert said.count('another of its class takes its place') == 1 and said.count('left out') == 1
-    assert len(rows_of(tmp_path / 'run')) == 8 and all(row['missing'] == 0 for row in rows_of(tmp_path / 'run'))
+    assert len(rows_of(tmp_path / 'run')) == 10 and all(row['missing'] == 0 for row in rows_of(tmp_path / 'run'))
     assert all(np.isfinite(loss) for _, loss, _ in losses(tmp_path / 'run'))
 
 
@@ -360,7 +360,7 @@ def test_several_checkpoints_give_each_and_all(world, trained, tmp_path):
         assert both['spread'] == pytest.approx(abs(one['accuracy'] - two['accuracy']) / 2 ** 0.5)
     assert result.output.count('2 checkpoints') == 2 and '3 checkpoints' not in result.output
     run(evaluation, world, f'--ckpt={tmp_path}/seed2/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path / "alone"}')
-    assert rows_of(tmp_path / 'alone') == [rows_of(tmp_path)[i] for i in (0, 1, 4, 5)]
+    assert rows_of(tmp_path / 'alone') == [rows_of(tmp_path)[i] for i in (0, 1, 2, 5, 6)]
 
 
 def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, trained, tmp_path):
@@ -370,13 +370,13 @@ def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, train
     folders = [trained[0], tmp_path / 'levels=1', tmp_path / 'frames=2']
     result = run(evaluation, world, f'--ckpt={[str(folder / "best.pt") for folder in folders]}', '--test_shots=[1]',
                  f'--out_dir={tmp_path}')
-    expected = rows_of(trained[0])[:4] + rows_of(folders[1])[2:] + rows_of(folders[2])[2:]
-    assert rows_of(tmp_path) == expected and [row['frames'] for row in expected] == [4] * 6 + [2] * 2
+    expected = rows_of(trained[0])[:5] + rows_of(folders[1])[3:] + rows_of(folders[2])[3:]
+    assert rows_of(tmp_path) == expected and [row['frames'] for row in expected] == [4] * 7 + [2] * 2
     assert len({row['episodes_hash'] for row in expected}) == 1 and result.output.count('encoded 12 of 12') == 2
-    assert result.output.count('(paired)') == 8 * 7 // 2 and 'checkpoints, spread' not in result.output
+    assert result.output.count('(paired)') == 9 * 8 // 2 and 'checkpoints, spread' not in result.output
     rows = json.loads((tmp_path / 'results.json').read_text())
     name = [row['method'] + (f' ({os.path.relpath(row["checkpoint"])})' if row['checkpoint'] else '') for row in rows]
-    for i, j in itertools.combinations(range(8), 2):
+    for i, j in itertools.combinations(range(9), 2):
         said, = re.findall(re.escape(f'{name[j]} - {name[i]}: ') + '([+-][0-9.]+) ± ', result.output)
         assert float(said) == pytest.approx(rows[j]['accuracy'] - rows[i]['accuracy'], abs=0.0051)
 
@@ -429,8 +429,9 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     mine = f'--method={tmp_path / "mine.py"}'
     run(train, world, mine, '--width=16', '--max_iters=3', f'--out_dir={tmp_path / "run"}')
     rows = rows_of(tmp_path / 'run')
-    assert [row['method'] for row in rows] == 2 * ['mean_pool', 'zero_shot', 'mine'] and rows[2]['parameters'] == 33 * 16
-    assert not rows[2]['transductive'] and not rows[2]['text']
+    assert [row['method'] for row in rows] == 2 * ['mean_pool', 'concat', 'zero_shot', 'mine']
+    assert rows[3]['parameters'] == 33 * 16
+    assert not rows[3]['transductive'] and not rows[3]['text']
     ckpt = f'--ckpt={tmp_path / "run" / "best.pt"}'
     for options in ([], ['--method=vba']):
         refused = run(evaluation, world, ckpt, *options, f'--out_dir={tmp_path / "none"}', check=False)
@@ -444,8 +445,8 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     torch.save(torch.load(tmp_path / 'run' / 'best.pt', weights_only=True), both[1])
     result = run(evaluation, world, f'--ckpt={both}', mine, '--test_shots=[1]', f'--out_dir={tmp_path / "both"}')
     together = rows_of(tmp_path / 'both')
-    assert [row['method'] for row in together] == ['mean_pool', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
-    assert together[:4] == rows_of(trained[0])[:4] and 'mine - vba joint' in result.output
+    assert [row['method'] for row in together] == ['mean_pool', 'concat', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
+    assert together[:5] == rows_of(trained[0])[:5] and 'mine - vba joint' in result.output
 
 
 def test_method_that_is_none_is_told(world, tmp_path):
@@ -507,8 +508,8 @@ def test_two_processes_fill_one_file(world, trained, tmp_path):
 
 
 @pytest.mark.parametrize('options, rows', [
-    (['--temporal_adapter=True', '--frozen_dtype=bfloat16'], 8), (['--temporal_adapter=False', '--cross_video=inductive'], 6),
-    (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 8)])
+    (['--temporal_adapter=True', '--frozen_dtype=bfloat16'], 10), (['--temporal_adapter=False', '--cross_video=inductive'], 8),
+    (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 10)])
 def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options, rows):
     """Autocast in bfloat16, on the CPU here, goes through every place that it goes through on CUDA."""
     dtypes = set()
@@ -529,7 +530,7 @@ def test_one_row_where_queries_never_see_each_other(world, tmp_path):
     for mode in ('inductive', False):
         run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path}')
         assert [(row['method'], row['transductive']) for row in rows_of(tmp_path)] == [
-            ('mean_pool', False), ('zero_shot', False), ('vba', False)]
+            ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
 
 
 @pytest.mark.cuda
@@ -590,7 +591,7 @@ def test_micro_batches_add_up_to_the_whole(world, tmp_path):
 def test_eval_without_checkpoint_is_training_free(world):
     run(evaluation, world, f'--out_dir={world / "free"}')
     rows = json.loads((world / 'free' / 'results.json').read_text())
-    assert {row['method'] for row in rows} == {'mean_pool', 'zero_shot'}
+    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot'}
 
 
 def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):

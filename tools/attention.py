@@ -55,11 +55,9 @@ def main():
     (path, saved, own), = found
     own |= dict(device=config['device'], dtype=config['dtype'])
     clip = checkpoint.load_clip(own)
-    model = checkpoint.build(own, clip, saved['names'])
+    model = checkpoint.rebuild(own, clip, saved, path)
     if not isinstance(model, VBA):
         sys.exit(f'{path} is of method={own["method"]}, not of VBA.')
-    checkpoint.restore(model, clip, saved, path)
-    model.to(own['device']).eval()
     checkpoint.freeze(own, clip)
     split = data.load_splits(own)['test']
     examples = encoding.subset(split, np.concatenate([members[:max(own['test_shots'])] for members in split.members]))
