@@ -195,14 +195,11 @@ def parse(argv):
 
 
 def unfold(settings, defaults, method):
-    """Settings with the options of the chosen method in the place of the dicts of methods."""
-    flat = {}
-    for key, value in settings.items():
-        if key == method and isinstance(value, dict):
-            flat.update(value)
-        elif key in defaults or key not in methods() or not isinstance(value, dict):
-            flat[key] = value
-    return flat
+    """Settings with the options of the chosen method in the place of the dicts of methods; they win over the others."""
+    flat = {key: value for key, value in settings.items()
+            if key in defaults or key not in (method, *methods()) or not isinstance(value, dict)}
+    own = settings.get(method)
+    return flat | own if isinstance(own, dict) else flat
 
 
 def print_options(title, section, file):

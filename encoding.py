@@ -135,7 +135,8 @@ def name_for(split, sees, about, draw, config):
 def columns(path, count, specs):
     """Arrays (count, *shape) for each (shape, dtype) of specs, one after another in one file, or in memory if path is None:
     zeros, or what an earlier run left there. Stops with one sentence where the disk has no room."""
-    sizes = [-(-count * math.prod(shape) * dtype.itemsize // 64) * 64 for shape, dtype in specs]
+    lengths = [count * math.prod(shape) * dtype.itemsize for shape, dtype in specs]
+    sizes = [math.ceil(length / 64) * 64 for length in lengths]  # each begins at a multiple of 64 bytes
     if path is None:
         whole = np.zeros(sum(sizes), np.uint8)
     else:
@@ -151,8 +152,7 @@ def columns(path, count, specs):
         except OSError as error:
             sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
     arrays, first = [], 0
-    for (shape, dtype), size in zip(specs, sizes):
-        length = count * math.prod(shape) * dtype.itemsize
+    for (shape, dtype), length, size in zip(specs, lengths, sizes):
         arrays.append(whole[first:first + length].view(dtype).reshape(count, *shape))
         first += size
     return arrays

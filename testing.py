@@ -86,23 +86,27 @@ def orders_of(config):
 def encode(config, clip, tested, split, reader):
     """Encodes each video of a split once, for all methods that see the same CLIP -> the same with tensors, rows as in Kept."""
     sees = list(dict.fromkeys(what for each in tested for what in each.method.sees))
-    orders, lengths = orders_of(config), []
+    orders, owners = orders_of(config), []
     for each in tested:
         each.method.eval()
 
     def make(seen):
         found = []
-        for each in tested:
+        owners.clear()  # of each tensor that is kept, whose it is
+        for i, each in enumerate(tested):
             own = [seen[sees.index(what)] for what in each.method.sees]
             by_order = [encoding.videos(config, each.method, [x[:, order] for x in own]) for order in orders]
-            found.append([torch.stack(parts, 1) for parts in zip(*by_order)])  # (n, orders, ...)
-        lengths[:] = map(len, found)
-        return sum(found, [])
+            for parts in zip(*by_order):
+                found.append(torch.stack(parts, 1))  # (n, orders, ...)
+                owners.append(i)
+        return found
 
     about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
     kept = encoding.keep(config, clip, split, reader, sees, make, about)
-    flat = iter([x.flatten(0, 1) for x in kept.tensors])
-    return [each._replace(tensors=list(itertools.islice(flat, n))) for each, n in zip(tested, lengths)], kept.rows
+    encoded = []
+    for i, each in enumerate(tested):
+        encoded.append(each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i]))
+    return encoded, kept.rows
 
 
 @torch.no_grad()
@@ -173,7 +177,7 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
         episodes = used[sizes] = lists[sizes] if lists else draw_episodes(
             split, *sizes, config['seed'], config['test_episodes'])
         labels, classes = ways_of(split, episodes, way, shot)
-        true, is_query = split.labels[episodes[:, way * shot:]], np.arange(episodes.shape[1]) >= way * shot
+        true = split.labels[episodes[:, way * shot:]]
         about = dict(dataset=config['dataset'], split=split.name, way=way, shot=shot, queries=queries, episodes=len(episodes),
                      episodes_hash=hash_of(split, episodes), sampling=config['test_sampling'], seed=config['seed'],
                      videos=len(split.videos), missing=missing, classes=split.classes)
@@ -184,7 +188,8 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
                 if probe and mode == 'inductive':
                     continue
                 name = f'{name_of(each.config["method"])} {mode}'.rstrip() + (f', queries {PROBES[probe - 1]}' if probe else '')
-                began, index = time.time(), rows_of_videos[episodes] * copies + probe * is_query
+                began, index = time.time(), rows_of_videos[episodes] * copies
+                index[:, way * shot:] += probe  # the queries' frames in another order
                 found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
                                 f'{name} {shot}-shot')
                 right = correct(found, way)

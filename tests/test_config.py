@@ -112,6 +112,9 @@ def test_options_of_a_method_hold_while_it_is_chosen(tmp_path):
     assert not {'temp', 'cross_video', 'vba', 'levels'} & set(config) and config['shot'] == 2
     path = sample(tmp_path, "config = dict(method='mean_pool', vba=dict(temp=50.0))")
     assert 'temp' not in load_config([path]) and load_config([path, '--method=vba'])['temp'] == 50.0
+    for text in ('lr=1e-3, vba=dict(lr=1e-2)', 'vba=dict(lr=1e-2), lr=1e-3'):  # it wins wherever it stands
+        path = sample(tmp_path, f'config = dict({text})')
+        assert load_config([path])['lr'] == 1e-2 and load_config([path, '--method=mean_pool'])['lr'] == 1e-3
 
 
 @pytest.mark.parametrize('text, words', [

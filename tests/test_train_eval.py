@@ -180,7 +180,7 @@ def test_a_signal_ends_the_run_after_the_step(world, trained, tmp_path, monkeypa
     assert losses(tmp_path) == losses(trained[0]) and same(tmp_path / 'last.pt', trained[0] / 'last.pt')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_killed_run_resumes_bit_for_bit(world, trained, number):
     out_dir = world / f'killed{int(number)}'
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', world / 'config.py', *SPEED, f'--out_dir={out_dir}'],
@@ -598,6 +598,7 @@ def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
     ckpt = f'--ckpt={trained[0] / "best.pt"}'
     assert 'levels=2, not 1' in run(evaluation, world, ckpt, '--levels=1', check=False).error
     assert 'frames=4, not 2' in run(evaluation, world, ckpt, '--frames=2', check=False).error
+    run(evaluation, world, ckpt, '--method=vba', '--test_shots=[1]', '--test_episodes=2', f'--out_dir={tmp_path}')
     assert 'no checkpoint of method=mean_pool' in run(evaluation, world, ckpt, '--method=mean_pool', check=False).error
     torch.manual_seed(1)
     torch.save(CLIP(32, 16, 128, 3, 32).state_dict(), tmp_path / 'other.pt')
