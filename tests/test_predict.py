@@ -76,7 +76,7 @@ def world(tmp_path_factory):
         method = checkpoint.build(config, clip, ['a', 'b'])
         for p in trainable_state(method).values():
             p += 0.05 * torch.randn_like(p)
-        checkpoint.save(str(root / f'{name}.pt'), method, clip, config, ['a', 'b'])
+        checkpoint.save(str(root / f'{name}.pt'), method, clip, config)
     return root
 
 
