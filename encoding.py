@@ -26,7 +26,7 @@ from decode import stamp
 from model import bring, look
 
 BLOCK = 16  # videos encoded at a time
-DONE, UNREADABLE = 1, 2  # states of a video in a file of what is kept; 0: not yet. What could not be read is tried again
+DONE = 1  # state of a video in a file of what is kept; 0: not yet, or it could not be read, which is tried again
 
 
 class Kept(NamedTuple):
@@ -97,7 +97,6 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
                 seen = look(clip.visual, frames, sees)
             for column, x in zip(found, make(seen)):
                 column[read] = x.cpu().numpy()
-        state[np.setdiff1d(block, read)] = UNREADABLE
         state[read] = DONE
     ranks.barrier()
 
