@@ -227,7 +227,12 @@ def look(visual, frames, sees):
         if 'image' in sees:
             found['image'] = visual.head(x)
         shown.append([found[what] for what in sees])
-    return [torch.cat(parts).unflatten(0, frames.shape[:2]) for parts in zip(*shown)]
+    return [x.unflatten(0, frames.shape[:2]) for x in joined(shown)]
+
+
+def joined(chunks):
+    """Chunks, each a list of tensors (n, ...) -> one list of tensors; a single chunk is not copied."""
+    return chunks[0] if len(chunks) == 1 else [torch.cat(parts) for parts in zip(*chunks)]
 
 
 def bring(seen, device):

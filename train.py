@@ -27,7 +27,7 @@ import encoding
 import ranks
 import testing
 from config import amp, load_config, resolve
-from model import Episode, Step, look
+from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
 
@@ -61,8 +61,8 @@ def batches_of(config, clip, sees, split, reader, jobs):
     for frames, indices in on_device(reader.stream(split, jobs, True), config['device']):  # frames (E, B, T, 3, H, W)
         with amp(config):
             parts = frames.split(config['micro_batch'] or len(frames))
-            parts = [shows(clip.visual, part.flatten(0, 1), sees) for part in parts]
-        yield [torch.cat(each) for each in zip(*parts)], indices
+            seen = joined([shows(clip.visual, part.flatten(0, 1), sees) for part in parts])
+        yield seen, indices
 
 
 def batches_kept(config, clip, sees, split, reader, jobs):

@@ -47,7 +47,7 @@ import testing  # noqa: E402
 import train as training  # noqa: E402
 from config import DEFAULTS, ROOT, amp, load_config, resolve  # noqa: E402
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
-from model import Episode, Step, bring, look  # noqa: E402
+from model import Episode, Step, bring, joined, look  # noqa: E402
 from reader import ClipMaker, ClipReader  # noqa: E402
 
 OPTIONS = dict(
@@ -519,8 +519,7 @@ def step_bytes(visual, model, config):
         held.append(torch.empty(2, config['meta_batch'] * videos, config['frames'], 3, size, size, dtype=torch.uint8))
         number = config['micro_batch'] or config['meta_batch']
         with torch.autocast('cpu', torch.bfloat16):
-            parts = [look(visual, part, model.sees) for part in held[-1][0].split(number * videos)]
-        seen = [torch.cat(each) for each in zip(*parts)]
+            seen = joined([look(visual, part, model.sees) for part in held[-1][0].split(number * videos)])
         for i in range(0, config['meta_batch'], number):
             episode = episodes_of({**config, 'device': 'cpu', 'meta_batch': min(number, config['meta_batch'] - i)})
             with torch.autocast('cpu', torch.bfloat16):
