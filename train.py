@@ -56,13 +56,17 @@ def jobs_of(config, split, sizes, step):
 
 
 def batches_of(config, clip, sees, split, reader, jobs):
-    """Jobs -> (what CLIP shows of their videos, tensors (E*B, T, ...), on the device; indices (E, B) that were read)."""
+    """Jobs -> (shown, indices (E, B) that were read).
+
+    shown: a function from a slice of the E episodes to what CLIP shows of their videos, a list of tensors (E*B, T, ...) on the
+    device: so that only the part that is computed with takes memory.
+    """
     shows = torch.compile(look) if compiles(config) else look
     for frames, indices in on_device(reader.stream(split, jobs, True), config['device']):  # frames (E, B, T, 3, H, W)
-        with amp(config):
-            parts = frames.split(config['micro_batch'] or len(frames))
-            seen = joined([shows(clip.visual, part.flatten(0, 1), sees) for part in parts])
-        yield seen, indices
+        def shown(part, frames=frames):
+            with amp(config):
+                return shows(clip.visual, frames[part].flatten(0, 1), sees)
+        yield shown, indices
 
 
 def batches_kept(config, clip, sees, split, reader, jobs):
@@ -71,11 +75,11 @@ def batches_kept(config, clip, sees, split, reader, jobs):
 
     def batches():
         for first, indices in jobs:  # (E, B)
-            seen = []
+            episodes = []
             for i, rows in enumerate(torch.from_numpy(indices)):  # an episode is of one draw
                 draw = draws[np.random.default_rng([config['seed'], first + i]).integers(len(draws))]
-                seen.append([x[rows.to(x.device)] for x in draw])
-            yield [torch.cat(parts) for parts in zip(*seen)], indices
+                episodes.append([x[rows.to(x.device)] for x in draw])
+            yield lambda part, episodes=episodes: joined(episodes[part]), indices
     return batches()
 
 
@@ -118,18 +122,22 @@ def optimizer_of(config, method):
     return torch.optim.AdamW(groups, config['lr'], betas=(0.9, 0.999), weight_decay=config['weight_decay'], fused=True)
 
 
-def gradients(config, step, scaler, seen, episode):
-    """Forward and backward of E episodes, micro_batch at a time -> the loss and the share of right answers, (2,)."""
+def gradients(config, step, scaler, shown, episode):
+    """Forward and backward of E episodes, micro_batch at a time -> the loss and the share of right answers, (2,).
+
+    shown: as in batches_of.
+    """
     share = len(episode.answers)
-    size, videos, numbers = config['micro_batch'] or share, len(seen[0]) // share, 0
+    size, numbers = config['micro_batch'] or share, 0
     for i in range(0, share, size):
-        of = slice(i * videos, (i + size) * videos)
-        part = episode._replace(classes=episode.classes[i:i + size], answers=episode.answers[i:i + size])
+        of = slice(i, i + size)
+        part = episode._replace(classes=episode.classes[of], answers=episode.answers[of])
+        seen = shown(of)
         weight = len(part.answers) / share
         final = i + size >= share  # gradients of all ranks meet once a step
         with contextlib.nullcontext() if final or ranks.rank_of()[1] == 1 else step.no_sync():
             with amp(config):
-                loss, scores = step([x[of] for x in seen], part)
+                loss, scores = step(seen, part)
             scaler.scale(weight * loss).backward()
         right = (scores.detach().argmax(-1) == part.answers).float().mean()
         numbers = numbers + weight * torch.stack([loss.detach(), right])
@@ -296,11 +304,11 @@ def main():
             waited, began, unsettled, stopped = 0.0, time.perf_counter(), [], False
             while state['iter'] < config['max_iters'] and not stopped:
                 now = time.perf_counter()
-                seen, indices = next(batches)
+                shown, indices = next(batches)
                 waited += time.perf_counter() - now
                 torch.manual_seed(np.random.default_rng([config['seed'], state['iter'], rank]).integers(2 ** 62))  # for dropout
                 classes = torch.from_numpy(train.labels[indices[:, :way * shot:shot]]).to(config['device'])
-                numbers = gradients(config, step, scaler, seen, Episode(labels, classes, train.classes, answers=answers))
+                numbers = gradients(config, step, scaler, shown, Episode(labels, classes, train.classes, answers=answers))
                 update(config, method, optimizer, scaler, state['iter'])
                 state['iter'] += 1
                 numbers = torch.cat([numbers, numbers.new_tensor([len(stop)])])

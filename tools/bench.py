@@ -47,7 +47,7 @@ import testing  # noqa: E402
 import train as training  # noqa: E402
 from config import DEFAULTS, ROOT, amp, load_config, resolve  # noqa: E402
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
-from model import Episode, Step, bring, joined, look  # noqa: E402
+from model import Episode, Step, bring, look  # noqa: E402
 from reader import ClipMaker, ClipReader  # noqa: E402
 
 OPTIONS = dict(
@@ -376,11 +376,17 @@ def stepper(config, visual, model, batches):
     episode, number = episodes_of(config), itertools.count()
 
     def one():
-        seen = next(batches)
-        if not isinstance(seen, list):
+        batch = next(batches)
+
+        def shown(part):
+            own = [x.unflatten(0, (config['meta_batch'], -1))[part].flatten(0, 1) for x in
+                   (batch if isinstance(batch, list) else [batch])]
+            if isinstance(batch, list):
+                return own
             with amp(config):
-                seen = shows(visual, seen, model.sees)
-        numbers = training.gradients(config, step, scaler, seen, episode)
+                return shows(visual, own[0], model.sees)
+
+        numbers = training.gradients(config, step, scaler, shown, episode)
         training.update(config, model, optimizer, scaler, next(number))
         return numbers[0].item()
     return one
@@ -518,12 +524,11 @@ def step_bytes(visual, model, config):
         held = [torch.empty(2, *p.shape) for p in step.parameters() if p.requires_grad]
         held.append(torch.empty(2, config['meta_batch'] * videos, config['frames'], 3, size, size, dtype=torch.uint8))
         number = config['micro_batch'] or config['meta_batch']
-        with torch.autocast('cpu', torch.bfloat16):
-            seen = joined([look(visual, part, model.sees) for part in held[-1][0].split(number * videos)])
         for i in range(0, config['meta_batch'], number):
             episode = episodes_of({**config, 'device': 'cpu', 'meta_batch': min(number, config['meta_batch'] - i)})
             with torch.autocast('cpu', torch.bfloat16):
-                loss, _ = step([x[i * videos:(i + number) * videos] for x in seen], episode)
+                seen = look(visual, held[-1][0][i * videos:(i + number) * videos], model.sees)
+                loss, _ = step(seen, episode)
             loss.backward()
     return live.peak
 
