@@ -1,6 +1,6 @@
 """Trains the tiny CLIP of the demo on captioned stills of moving shapes (it never sees a motion), or tests it.
 
-    python demo/pretrain.py            # 20 minutes on one core; stop it and start it again as you like
+    python demo/pretrain.py            # 27 minutes on two cores; stop it and start it again as you like
     python demo/pretrain.py --eval     # zero-shot accuracy of demo/tiny_clip.pt on stills that it has not seen
 
 In reading order: the batches, the training loop, the test.
@@ -167,7 +167,7 @@ def evaluate(path, n=2048, among=64):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default=str(Path(__file__).with_name('tiny_clip.pt')))
-    parser.add_argument('--steps', type=int, default=2600)
+    parser.add_argument('--steps', type=int, default=4000)
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--threads', type=int, default=1)

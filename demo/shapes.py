@@ -1,14 +1,17 @@
-"""Moving shapes: a small video dataset, drawn on the spot, whose classes differ only in time.
+"""Moving shapes: a small video dataset, drawn on the spot, whose classes differ only in the order of what happens.
 
-    python demo/shapes.py --out data/moving_shapes --per_class 30      # one folder of H.264 clips per class
+    python demo/shapes.py --out data/moving_shapes                       # one folder of H.264 clips per class
+    python demo/shapes.py --out data/moving_shapes_hard --level=hard     # or easy
 
-In reading order: what can change (the six channels), the motions and their splits, the drawing, clips, captioned stills.
+In reading order: what can change (the five channels), the motions, their groups and splits, the levels, the drawing, clips,
+captioned stills.
 
-One shape moves before a plain background among small squares that mean nothing. Its state is a point in a space of six
-channels, and a class is a path through that space, say 'move right then grow'. The path played backwards is the path of
-another class ('shrink then move left') of the same split, so no single frame and no bag of frames tells the two apart.
-What the shape, its colour, the place, the size, the speed and the length are is drawn anew for every clip, over the same
-ranges in every class.
+The actor is the coloured shape with a white nose. Its state is a point in a space of five channels, and a class is a way through
+that space: from a start straight to a corner, then straight to an end. Classes of the same net change, the end less the start,
+are a group, and a group lies whole in one split: within it only what happens in between tells the classes apart. The way
+played backwards is the way of another class of the same split, and the mean state of a clip is drawn around the same middle in
+every class, so no single frame and no bag of frames tells them apart. All else (the shape, its colour, place, speed and onset,
+the ground, another shape's own motion) is drawn anew for every clip, over the same ranges in every class.
 """
 
 import argparse
@@ -22,95 +25,79 @@ from tqdm import tqdm
 
 SIDE = 64  # frames are SIDE x SIDE pixels
 
-# ---- The six channels: place, heading (clockwise, degrees), log of the radius, opacity, hue (degrees)
+# ---- The five channels: place, heading (clockwise, degrees), log of the radius, opacity
 
-X, Y, TURN, GROW, FADE, HUE = np.eye(6)
-MIDDLE = np.array([32, 32, 0, np.log(9), 0.68, 0])
-REACH = np.array([19, 19, 110, np.log(1.6), 0.32, 100])  # every clip stays within MIDDLE +- REACH ...
-ROUND = np.array([0, 0, 1, 0, 0, 1], bool)  # ... but for heading and hue, which go round and may start anywhere
+X, Y, TURN, GROW, FADE = np.eye(5)
+MIDDLE = np.array([32, 32, 0, np.log(9), 0.6])
+REACH = np.array([21, 21, 120, np.log(1.8), 0.4])  # every clip stays within MIDDLE +- REACH ...
+ROUND = np.array([0, 0, 1, 0, 0], bool)  # ... but for the heading, which goes round and may start anywhere
 
-# ---- Motions: functions of time u (T,) in [0, 1] and a phase in degrees -> (T, 6), a full swing of a channel being 1
+# ---- Motions: name -> its net change and its corner, both seen from the start, vectors over the channels
 
-
-def path(*steps):
-    """Go along each step in turn, in equal times; a step is a vector over the channels, zero for a pause."""
-    corners = np.cumsum([np.zeros(6), *steps], axis=0)
-    times = np.linspace(0, 1, len(corners))
-    return lambda u, phase: np.stack([np.interp(u, times, channel) for channel in corners.T], axis=1)
-
-
-def arc(sweep, start=None, radius=(1, 1)):
-    """Go round a centre by `sweep` degrees (clockwise if positive) from `start`, or from the clip's phase."""
-
-    def motion(u, phase):
-        angle = np.radians((phase if start is None else start) + sweep * u)[:, None]
-        return 0.5 * np.interp(u, (0, 1), radius)[:, None] * (np.cos(angle) * X + np.sin(angle) * Y)
-
-    return motion
-
-
-def speeding(step):
-    """Along `step`, from rest ever faster."""
-    return lambda u, phase: u[:, None] ** 2 * step
-
-
-def slowing(step):
-    """Along `step`, ever slower to rest: `speeding(-step)` backwards."""
-    return lambda u, phase: (1 - (1 - u[:, None]) ** 2) * step
-
-
-MOVES = {'move right': X, 'move left': -X, 'move down': Y, 'move up': -Y}
-CHANGES = {
-    'spin clockwise': TURN, 'spin counter-clockwise': -TURN, 'grow': GROW, 'shrink': -GROW, 'fade in': FADE, 'fade out': -FADE,
+STEPS = {
+    'move right': X, 'move left': -X, 'move down': Y, 'move up': -Y, 'spin clockwise': TURN, 'spin counter-clockwise': -TURN,
+    'grow': GROW, 'shrink': -GROW, 'fade in': FADE, 'fade out': -FADE,
 }  # fmt: skip
-STEPS = MOVES | CHANGES
-MOTIONS = {name: path(step) for name, step in STEPS.items()}
-MOTIONS |= {'rainbow forward': path(HUE), 'rainbow backward': path(-HUE)}
-for (a, da), (b, db) in itertools.permutations(STEPS.items(), 2):
-    if abs(da @ db) == 0:  # different channels: one after the other, and both at once
-        MOTIONS[f'{a} then {b}'] = path(da, db)
-        if list(STEPS).index(a) < list(STEPS).index(b):
-            MOTIONS[f'{a} and {b}'] = path(da + db)
-for a, da in STEPS.items():
-    MOTIONS[f'{a} and back'] = path(da, -da)
-for a, da in MOVES.items():
-    aside = Y * abs(da[0]) + X * abs(da[1])
-    MOTIONS[f'wait then {a}'] = path(0 * da, da)
-    MOTIONS[f'{a} then wait'] = path(da, 0 * da)
-    MOTIONS[f'{a} speeding up'] = speeding(da)
-    MOTIONS[f'{a} slowing down'] = slowing(da)
-    MOTIONS[f'zigzag: {a}'] = path(*[da / 4 + side * aside / 2 for side in (1, -1, 1, -1)])
-    MOTIONS[f'{a} and rainbow forward'] = path(da + HUE)
-    MOTIONS[f'{a} and rainbow backward'] = path(da - HUE)
-for turn, sign in (('clockwise', 1), ('counter-clockwise', -1)):
-    MOTIONS[f'orbit {turn}'] = arc(360 * sign)
-    MOTIONS[f'spiral out {turn}'] = arc(360 * sign, radius=(0.2, 1))
-    MOTIONS[f'spiral in {turn}'] = arc(360 * sign, radius=(1, 0.2))
-    for start, side in ((0, 'right'), (90, 'bottom'), (180, 'left'), (270, 'top')):
-        MOTIONS[f'half circle {turn} from the {side}'] = arc(180 * sign, start)
+DETOURS = (('move right', 'move left'), ('move down', 'move up'), ('grow', 'shrink'), ('fade in', 'fade out'))
 
-SPLITS = dict(
+
+def straight(name, net):
+    """The three motions of a net change that know no other channel."""
+    return {name: (net, net / 2), f'{name}, too far and back': (net, 1.5 * net), f'back first, then {name}': (net, -net / 2)}
+
+
+MOTIONS, GROUPS = {}, {}  # GROUPS: the name of a net change -> its motions
+for (a, da), (b, db) in itertools.combinations(STEPS.items(), 2):
+    if da @ db == 0:  # two channels: one after the other, or both at once
+        net = da + db
+        GROUPS[f'{a} and {b}'] = {f'{a} then {b}': (net, da), f'{b} then {a}': (net, db)} | straight(f'{a} and {b}', net)
+for a, da in STEPS.items():
+    aside = next(pair for pair in DETOURS if STEPS[pair[0]] @ da == 0)  # both ways round
+    GROUPS[a] = straight(a, da) | {f'{a} by way of {b}': (da, da / 2 + STEPS[b]) for b in aside}
+GROUPS['there and back'] = {f'{a} and back': (0 * da, da) for a, da in STEPS.items()}
+for group in GROUPS.values():
+    MOTIONS |= group
+
+HELD_OUT = dict(  # groups; each beside the one that is it played backwards
     val=[
-        'move right and move up', 'move left and move down',
-        'move left then move down', 'move up then move right',
-        'move down then shrink', 'grow then move up',
-        'spin clockwise then move right', 'move left then spin counter-clockwise',
-        'move left and fade in', 'move right and fade out',
+        'move right and spin counter-clockwise', 'move left and spin clockwise',
+        'move down and fade in', 'move up and fade out',
     ],
     test=[
         'move right and move down', 'move left and move up',
-        'move right then move up', 'move down then move left',
-        'move left then grow', 'shrink then move right',
-        'move up then spin clockwise', 'spin counter-clockwise then move down',
-        'fade out then grow', 'shrink then fade in',
-        'move down and grow', 'move up and shrink',
-        'spin clockwise and fade in', 'spin counter-clockwise and fade out',
-        'half circle clockwise from the left', 'half circle counter-clockwise from the right',
+        'move left and grow', 'move right and shrink',
+        'move up and spin clockwise', 'move down and spin counter-clockwise',
+        'grow and fade out', 'shrink and fade in',
+        'move down', 'move up',
     ],
 )  # fmt: skip
-SPLITS['train'] = [name for name in MOTIONS if name not in SPLITS['val'] + SPLITS['test']]
+HELD_OUT['train'] = [name for name in GROUPS if name not in HELD_OUT['val'] + HELD_OUT['test']]
+SPLITS = {split: [list(GROUPS[name]) for name in names] for split, names in HELD_OUT.items()}  # lists of groups
+FOR_TRAINING = {name for group in SPLITS['train'] for name in group}
 
-# ---- Drawing: signed distances in a shape's own frame (radius 1, heading along +x, the nose white), over a ground
+# ---- Levels: the bounds between which each clip draws its own value, or a share of the clips
+
+LEVELS = ('easy', 'default', 'hard')
+BOUNDS = dict(  # a value for each level
+    seconds=((1.5, 3), (1.5, 6), (1.5, 6)),        # length of a clip
+    part=((0.8, 1), (1 / 3, 1), (1 / 3, 1)),       # share of it in which the actor moves; it rests before and after
+    corner=((0.5, 0.5), (0.4, 0.6), (0.3, 0.7)),   # share of the motion's time until its corner
+    contrast=((0, 0), (0, 0.6), (0, 1)),           # of the ground's texture: 1 goes all the way to its second colour
+    flow=(0, 6, 12),                               # pixels by which the texture drifts, at most
+    camera=(0, 2, 4),                              # pixels by which the camera sways to each side, at most
+    second=(0, 0.5, 1),                            # share of clips with a second shape: grey, without a nose, moving too
+    bar=(0, 0.25, 0.5),                            # share of clips in which a bar passes before all
+    crf=(20, 27, 33),                              # x264's, higher is coarser
+)  # fmt: skip
+RATES = (8, 10, 12, 15)  # frames a second
+
+
+def bounds_of(level):
+    """'easy', 'default' or 'hard' -> its column of BOUNDS. Raises ValueError for another name."""
+    return {key: values[LEVELS.index(level)] for key, values in BOUNDS.items()}
+
+
+# ---- Drawing: signed distances in a shape's own frame (radius 1, heading along +x), over a ground
 
 
 def box(x, y, left, right, half):
@@ -136,7 +123,17 @@ GROUNDS = {
     'black': (15, 15, 15), 'grey': (75, 75, 75), 'navy': (20, 30, 85), 'brown': (85, 50, 25), 'green': (25, 70, 35),
     'plum': (75, 25, 75),
 }  # fmt: skip
+TEXTURES = (  # of points (p, q) in radians, -1 to 1
+    lambda p, q: np.sin(p),  # stripes
+    lambda p, q: np.sin(p) * np.sin(q),  # checks
+    lambda p, q: np.sin(p + 1.5 * np.sin(q)),  # waves
+    lambda p, q: np.sin(np.hypot(p, q)),  # rings
+    lambda p, q: (np.sin(p) + np.sin(0.5 * p + 0.87 * q) + np.sin(0.5 * p - 0.87 * q)) / 3,  # cells
+)
+KNOWN = dict(textures=(0, 1, 2), pairs=(1, 2, 4, 5))  # of stills and training clips; a pair of ground colours: places apart
+HELD = dict(textures=(3, 4), pairs=(3,))  # of the clips of other classes alone
 SPECKS = 5  # at most so many small squares
+PIXELS = np.arange(SIDE, dtype=np.float32) + 0.5
 
 
 def rgb(hue, saturation=1.0):
@@ -145,46 +142,85 @@ def rgb(hue, saturation=1.0):
     return 255 * (1 - np.asarray(saturation)[..., None] * (1 - wheel))
 
 
-def draw(shape, state, ground, saturation, specks, noise):
-    """Draw n frames.
+def draw_ground(ground, texture, grating, specks):
+    """n grounds, (n, SIDE, SIDE, 3) float32, 0 to 255.
 
-    shape (n,) indices into SHAPES, state (n, 6) the channels, ground (n, 3) colour, saturation (n,), specks (n, SPECKS, 4):
-    x, y, half side (0: none) and hue, noise (n, SIDE, SIDE) added to every colour. Returns (n, SIDE, SIDE, 3) uint8.
+    ground (n, 2, 3) two colours, texture (n,) indices into TEXTURES, grating (n, 5): angle, radians a pixel, contrast, and the
+    texture's shift in pixels (x, y); specks (n, SPECKS, 4): x, y, half side (0: none) and hue.
     """
-    pixels = np.arange(SIDE, dtype=np.float32) + 0.5
-    state, specks = state.astype(np.float32), specks.astype(np.float32)
-    x, y, turn, grow, fade, hue = state.T
+    angle, scale, contrast, right, down = grating.astype(np.float32).T[:, :, None, None]
+    x, y = PIXELS - right, PIXELS[:, None] - down
+    p, q = scale * (np.cos(angle) * x + np.sin(angle) * y), scale * (np.cos(angle) * y - np.sin(angle) * x)
+    value = np.empty_like(p)
+    for index in np.unique(texture):
+        here = texture == index
+        value[here] = TEXTURES[index](p[here], q[here])
+    first, second = ground.astype(np.float32)[:, :, None, None].swapaxes(0, 1)  # (n, 1, 1, 3) each
+    frames = first + (contrast * (1 + value) / 2)[..., None] * (second - first)
 
     # specks: a square is its columns times its rows, so all of them together are one sum
+    specks = specks.astype(np.float32)
     half = specks[..., 2:3]
-    columns, rows = (np.clip(half + 0.5 - np.abs(pixels - specks[..., i : i + 1]), 0, 1) * (half > 0) for i in (0, 1))
-    colour = rgb(specks[..., 3], 0.8) - ground[:, None]  # (n, SPECKS, 3), as differences from the ground
-    paint = (columns[..., None] * colour[:, :, None]).reshape(len(state), SPECKS, SIDE * 3).astype(np.float32)
-    frames = ground[:, None, None] + np.einsum('nky,nkp->nyp', rows, paint).reshape(len(state), SIDE, SIDE, 3)
+    columns, rows = (np.clip(half + 0.5 - np.abs(PIXELS - specks[..., i:i + 1]), 0, 1) * (half > 0) for i in (0, 1))
+    colour = (rgb(specks[..., 3], 0.8) - ground[:, :1]).astype(np.float32)  # (n, SPECKS, 3), as differences from the ground
+    paint = (columns[..., None] * colour[:, :, None]).reshape(len(specks), SPECKS, SIDE * 3)
+    return frames + (rows.swapaxes(1, 2) @ paint).reshape(frames.shape)
 
-    # the shape: pixels into its own frame, distance to its edge, one pixel of antialiasing
+
+def draw_shape(frames, state, shape, body, nose):
+    """Paint one shape over each of n frames, in place.
+
+    state (n, 5) the channels, shape (n,) indices into SHAPES, body (n, 3) its colour and nose (n, 3) that of what lies ahead.
+    """
+    x, y, turn, grow, fade = state.astype(np.float32).T
+    # pixels into the shape's own frame, distance to its edge, one pixel of antialiasing
     size, angle = np.exp(grow), np.radians(turn)
     cos, sin = ((f(angle) / size)[:, None, None] for f in (np.cos, np.sin))
-    right, down = pixels[None, None, :] - x[:, None, None], pixels[None, :, None] - y[:, None, None]
+    right, down = PIXELS[None, None, :] - x[:, None, None], PIXELS[None, :, None] - y[:, None, None]
     ahead, aside = cos * right + sin * down, cos * down - sin * right  # (n, SIDE, SIDE)
     cover = np.empty_like(ahead)
     for index in np.unique(shape):
         here = shape == index
         distance = list(SHAPES.values())[index](ahead[here], aside[here])
         cover[here] = np.clip(0.5 - distance * size[here, None, None], 0, 1) * fade[here, None, None]
-    nose = np.clip(0.5 + (ahead - 0.25) * size[:, None, None], 0, 1)  # what lies further ahead is white
-    colour = rgb(hue, saturation)[:, None, None].astype(np.float32)
-    frames += cover[..., None] * (colour + nose[..., None] * (255 - colour) - frames)
+    share = np.clip(0.5 + (ahead - 0.25) * size[:, None, None], 0, 1)[..., None]  # of the nose
+    body, nose = (colour.astype(np.float32)[:, None, None] for colour in (body, nose))
+    frames += cover[..., None] * (body + share * (nose - body) - frames)
+
+
+def draw(state, shape, colour, second, second_shape, grey, bar, noise, **ground):
+    """Draw n frames, (n, SIDE, SIDE, 3) uint8.
+
+    state, shape and colour (n, 3) of the actor; second, second_shape and grey (n,) of the second shape, which is not there
+    where its opacity is 0; bar (n,) the middle of a bar in pixels from the left; noise (n, SIDE, SIDE) added to every colour; the
+    rest as in draw_ground.
+    """
+    frames = draw_ground(**ground)
+    there = second[:, 4] > 0
+    if there.any():
+        some, plain = frames[there], np.repeat(grey[there, None], 3, axis=1)
+        draw_shape(some, second[there], second_shape[there], plain, plain)
+        frames[there] = some
+    draw_shape(frames, state, shape, colour, np.full((len(frames), 3), 255))
+    cover = np.clip(5.5 - np.abs(PIXELS - bar[:, None]), 0, 1)[:, None, :, None]
+    frames += cover * (40 - frames)
     return np.clip(frames + noise[..., None], 0, 255).astype(np.uint8)
 
 
-def appearance(rng, shape, ground):
-    """The looks of n scenes whose shape and ground are given as indices (n,), as `draw` wants them."""
+def appearance(rng, shape, ground, hue, contrast=(0, 1), looks=KNOWN):
+    """The looks of n scenes as `draw` wants them, but for what moves. shape, ground and hue (n,) are given."""
     n, grounds = len(shape), np.array(list(GROUNDS.values()))
     specks = rng.uniform((0, 0, 1, 0), (SIDE, SIDE, 2.5, 360), size=(n, SPECKS, 4))
     specks[..., 2] *= rng.random((n, SPECKS)) < 0.5
-    ground = (grounds[ground] + rng.uniform(-9, 9, (n, 3))).astype(np.float32)
-    return dict(shape=shape, ground=ground, saturation=rng.uniform(0.6, 0.9, n), specks=specks)
+    pair = np.stack([ground, (ground + rng.choice(looks['pairs'], n)) % len(GROUNDS)], 1)
+    low = (0, 2 * np.pi / 28, contrast[0], 0, 0)
+    high = (np.pi, 2 * np.pi / 9, contrast[1], SIDE, SIDE)
+    return dict(
+        shape=shape, colour=rgb(hue, rng.uniform(0.6, 0.9, n)), specks=specks,
+        second_shape=rng.integers(len(SHAPES), size=n), grey=rng.uniform(110, 190, n),
+        ground=grounds[pair] + rng.uniform(-9, 9, (n, 1, 3)), texture=rng.choice(looks['textures'], n),
+        grating=rng.uniform(low, high, (n, 5)),
+    )  # fmt: skip
 
 
 def noise(rng, n, scenes=1):
@@ -196,41 +232,51 @@ def noise(rng, n, scenes=1):
 # ---- Clips
 
 
-def trajectory(name, u, phase=0.0, swing=1.0, offset=0.0):
-    """The states (T, 6) that motion `name` goes through at times u (T,), all within MIDDLE +- REACH.
+def course(rng, name, n, part, corner):
+    """The states (n, 5) of a shape in n frames: it rests, goes through motion `name`, and rests; all within MIDDLE +- REACH.
 
-    swing in (0, 2/3] scales the motion; offset, (6,) or a number in [-1, 1], places it in the room that it leaves. Raises
-    KeyError for an unknown name.
+    part and corner as in BOUNDS. Raises KeyError for an unknown name.
     """
-    motion = MOTIONS[name]
-    whole = motion(np.linspace(0, 1, 65), phase)
-    mean = whole.mean(0)  # the mean state, which a bag of frames could tell, follows the same law in every class
-    room = np.where(ROUND, 180 / REACH, 1 - 2 * swing * np.abs(whole - mean).max(0))
-    return MIDDLE + REACH * (offset * room + 2 * swing * (motion(u, phase) - mean))
+    net, bend = MOTIONS[name]
+    moving = rng.uniform(*part)
+    onset = rng.uniform(0, 1 - moving)
+    times = onset, onset + moving * rng.uniform(*corner), onset + moving
+    way = np.stack([np.interp(np.linspace(0, 1, n), times, channel) for channel in np.stack([0 * net, bend, net]).T], 1)
+    way = rng.uniform(0.6, 0.8) * (way - way.mean(0))  # the mean, which a bag of frames could tell, says nothing
+    room = np.where(ROUND, 180 / REACH, 1 - np.abs(way).max(0))
+    return MIDDLE + REACH * (rng.uniform(-1, 1, 5) * room + way)
 
 
-def clip(name, seed, number):
-    """Clip `number` of a class: frames (20..32, SIDE, SIDE, 3) uint8 and a frame rate. The same arguments, the same clip."""
-    rng = np.random.default_rng([seed, number, *name.encode()])
-    n, rate = int(rng.integers(20, 33)), int(rng.choice([10, 12, 15, 24, 25, 30]))
-    begin, end = rng.uniform((0, 0.9), (0.1, 1))
-    u = np.clip((np.linspace(0, 1, n) - begin) / (end - begin), 0, 1)
-    state = trajectory(name, u, rng.uniform(0, 360), rng.uniform(0.5, 0.66), rng.uniform(-1, 1, 6))
-    look = appearance(rng, rng.integers(len(SHAPES), size=1), rng.integers(len(GROUNDS), size=1))
+def clip(name, seed, number, level='default'):
+    """Clip `number` of a class: frames (n, SIDE, SIDE, 3) uint8 and a frame rate. The same arguments, the same clip."""
+    rng, bounds = np.random.default_rng([seed, number, *name.encode()]), bounds_of(level)
+    rate = int(rng.choice(RATES))
+    n = round(rate * rng.uniform(*bounds['seconds']))
+    u = np.linspace(-0.5, 0.5, n)[:, None]
+    state = course(rng, name, n, bounds['part'], bounds['corner'])
+    second = course(rng, rng.choice(list(MOTIONS)), n, bounds['part'], bounds['corner'])
+    second[:, 4] *= rng.random() < bounds['second']
+    one = [rng.integers(len(some), size=1) for some in (SHAPES, GROUNDS)]
+    look = appearance(rng, *one, rng.uniform(0, 360, 1), bounds['contrast'], KNOWN if name in FOR_TRAINING else HELD)
     look = {key: np.repeat(value, n, axis=0) for key, value in look.items()}
-    drift = rng.uniform(-20, 20, (SPECKS, 2)) * (rng.random((SPECKS, 1)) < 0.4)  # some specks move too
-    look['specks'][..., :2] += np.linspace(-0.5, 0.5, n)[:, None, None] * drift
-    return draw(state=state, noise=noise(rng, n), **look), rate
+    look['specks'][..., :2] += u[:, None] * rng.uniform(-20, 20, (SPECKS, 2)) * (rng.random((SPECKS, 1)) < 0.4)
+    look['grating'][:, 3:] += u * rng.uniform(-1, 1, 2) * bounds['flow']
+    middle = -10 + (SIDE + 20) * (u[:, 0] - rng.uniform(-0.4, 0.2)) / 0.2  # a bar is on its way for a fifth of the clip
+    look['bar'] = np.where(rng.random() < bounds['bar'], middle, -SIDE)
+    sway = bounds['camera'] * rng.uniform(0, 1, 2) * np.sin(2 * np.pi * (u * rng.uniform(0.3, 1.2, 2) + rng.random(2)))  # (n, 2)
+    for moved in (state[:, :2], second[:, :2], look['grating'][:, 3:], look['specks'][..., :2].swapaxes(0, 1)):
+        moved += sway
+    return draw(state=state, second=second, noise=noise(rng, n), **look), rate
 
 
 def write_clip(job):
     """Encode one clip to its path, through a temporary name, so that a file under its own name is whole."""
-    path, name, seed, number = job
-    frames, rate = clip(name, seed, number)
+    path, name, seed, number, level = job
+    frames, rate = clip(name, seed, number, level)
     temporary = f'{path}.{os.getpid()}.tmp'
     with av.open(temporary, 'w', format='mp4') as container:
         # without mbtree: with it x264 gives other bytes each time on some processors
-        options = dict(crf='20', preset='veryfast', threads='1', mbtree='0')
+        options = dict(crf=str(bounds_of(level)['crf']), preset='veryfast', threads='1', mbtree='0')
         stream = container.add_stream('libx264', rate, options=options)
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, 'yuv420p'
         for frame in frames:
@@ -239,14 +285,14 @@ def write_clip(job):
     os.replace(temporary, path)
 
 
-def write_dataset(out, per_class, seed=0, workers=2, names=None):
+def write_dataset(out, per_class=16, seed=0, workers=2, names=None, level='default'):
     """Write `per_class` clips of every class (or of `names`) to out/<class>/<number>.mp4; files already there stay."""
     jobs = []
     for name, number in itertools.product(names or MOTIONS, range(per_class)):
         path = os.path.join(out, name, f'{number:04d}.mp4')
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            jobs.append((path, name, seed, number))
+            jobs.append((path, name, seed, number, level))
     with multiprocessing.get_context('forkserver').Pool(workers) as pool:  # a fork may inherit locked locks, and hang
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), unit='clip', disable=None):
             pass
@@ -268,26 +314,30 @@ CAPTION = 'a {size} {fade} {colour} {shape}, {row} {column}, turned {heading}, o
 
 
 def stills(rng, n, alike=1):
-    """n captioned stills with the looks of the clips: frames (n, SIDE, SIDE, 3) uint8 and a list of n captions.
+    """n captioned stills of actors: frames (n, SIDE, SIDE, 3) uint8 and a list of n captions. Half have a second shape, which the
+    caption does not mention, a tenth a bar; textures and pairs of ground colours are those of training clips.
 
     alike > 1 draws groups of so many stills that share each attribute with probability 1/2, so that their captions differ in
     few words and every word counts; n must be a multiple of it.
     """
     shape, ground = rng.integers(len(SHAPES), size=n), rng.integers(len(GROUNDS), size=n)
-    place = rng.uniform(-1, 1, (n, 6))  # within MIDDLE +- REACH; heading and hue anywhere
-    for values in (shape, ground, *place.T):
+    colour = rng.uniform(-1, 1, n)
+    place = rng.uniform(-1, 1, (n, 5))  # within MIDDLE +- REACH; heading anywhere
+    for values in (shape, ground, colour, *place.T):
         shared = np.repeat(rng.random(n // alike) < 0.5, alike) & (alike > 1)
         values[shared] = np.repeat(values[::alike], alike)[shared]
-    state = MIDDLE + np.where(ROUND, 180, REACH) * place
-    x, y, turn, grow, fade, hue = place.T
+    x, y, turn, grow, fade = place.T
     picks = dict(shape=shape, ground=ground)
     for key, values in dict(size=grow, fade=fade, row=y, column=x).items():
         picks[key] = np.minimum((values + 1) / 2 * len(WORDS[key]), len(WORDS[key]) - 1).astype(int)
-    for key, values in dict(heading=turn, colour=hue).items():
+    for key, values in dict(heading=turn, colour=colour).items():
         picks[key] = np.rint(values * 4).astype(int) % 8
     captions = [CAPTION.format(**{key: WORDS[key][pick[i]] for key, pick in picks.items()}) for i in range(n)]
-    look = appearance(rng, shape, ground)
-    return draw(state=state, noise=noise(rng, n, n), **look), captions
+    state, second = (MIDDLE + np.where(ROUND, 180, REACH) * where for where in (place, rng.uniform(-1, 1, (n, 5))))
+    second[:, 4] *= rng.random(n) < 0.5
+    bar = np.where(rng.random(n) < 0.1, rng.uniform(0, SIDE, n), -SIDE)
+    look = appearance(rng, shape, ground, 180 * colour)
+    return draw(state=state, second=second, bar=bar, noise=noise(rng, n, n), **look), captions
 
 
 def still(rng):
@@ -299,7 +349,8 @@ def still(rng):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='data/moving_shapes')
-    parser.add_argument('--per_class', type=int, default=30)
+    parser.add_argument('--level', choices=LEVELS, default='default')
+    parser.add_argument('--per_class', type=int, default=16)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     write_dataset(**vars(parser.parse_args()))
