@@ -20,8 +20,8 @@ DATA = dict(  # which videos, and where they are
     dataset='',                # the name printed beside every number
     data_root='data',          # the folder that holds the videos
     annotations=None,          # None: one folder per class in data_root; else list or JSON file(s), see README
-    splits=None,               # dict(train=[class, ...], val=[...], test=[...]); fractions such as 0.6 draw classes by the seed
-    prepare=None,              # a script of ours that makes the data when data_root does not exist
+    splits=None,               # dict(train=[class, ...], val=[...], test=[...]); or lists of groups of classes; or fractions
+    prepare=None,              # a script of ours, with its options, that makes the data when data_root does not exist
     fetch='',                  # what to get and where to put it: said when the data is not there
     clip='ViT-B/32',           # CLIP weights: a name or a file
     lower=False,               # where classes are few or small, lower way, shot and queries instead of stopping
@@ -43,6 +43,7 @@ TRAINING = dict(
     way=5,                     # N, classes of an episode
     shot=5,                    # K, supports per class in training
     queries=5,                 # queries per class in training
+    train_groups=False,        # draw half of the training episodes within groups of classes too, where splits has groups
     meta_batch=3,              # episodes a step, shared out where torchrun starts several processes
     max_iters=1000,            # steps
     lr=3e-5,                   # AdamW's learning rate

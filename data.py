@@ -36,16 +36,23 @@ SPLITS = ('train', 'val', 'test')
 
 @dataclass(frozen=True)
 class Split:
-    """The videos of some classes: videos[i] is of class classes[labels[i]]; labels int64."""
+    """The videos of some classes: videos[i] is of class classes[labels[i]]; labels int64. groups: of classes that are hard to
+    tell apart, a list of lists of labels."""
     name: str
     classes: list
     videos: list
     labels: np.ndarray
+    groups: list = ()
 
     @cached_property
     def members(self):
         """For each class the indices of its videos."""
         return [np.flatnonzero(self.labels == label) for label in range(len(self.classes))]
+
+    @property
+    def most_ways(self):
+        """The most classes that an episode can have."""
+        return min(len(self.groups), *map(len, self.groups)) if self.groups else len(self.classes)
 
 
 def load_splits(config):
@@ -64,7 +71,8 @@ def load_splits(config):
         if empty:
             sys.exit(f'Class {classes[min(empty)]!r} of split {name} has no video: all that are listed are missing in '
                      f'{config["data_root"]} or unreadable.')
-        splits[name] = Split(name, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+        labels = np.array([label for label, _ in good], np.int64)
+        splits[name] = Split(name, classes, [video for _, video in good], labels, groups_of(config, name))
     return splits
 
 
@@ -107,7 +115,8 @@ def prepare(config):
     print(f'{root} is not there: running {script} to make it.', flush=True)
     part = root + '.part'
     shutil.rmtree(part, ignore_errors=True)
-    if subprocess.run([sys.executable, script, '--out', part]).returncode:
+    path, *options = script.split(' --')
+    if subprocess.run([sys.executable, path, '--out', part, *(f'--{option}' for option in options)]).returncode:
         sys.exit(f'{script} failed, so there is no data in {root}: see its message above.')
     os.replace(part, root)
 
@@ -153,13 +162,30 @@ def split_classes(config, by_class):
             sys.exit(f'{config["data_root"]} has {len(names)} classes, too few for {len(sizes)} splits: each needs 2.')
         sizes['train'] = min(sizes.get('train', 0), rest)
         splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
-    seen = {}
+    splits, seen = {split: flat(names) for split, names in splits.items()}, {}
     for split, names in splits.items():
         for name in names:
             if plain(name) in seen:
                 sys.exit(f'splits: class {name!r} stands in {seen[plain(name)]} and in {split}.')
             seen[plain(name)] = split
     return {split: splits.get(split, []) for split in SPLITS}
+
+
+def flat(names):
+    """The classes of a split as the configuration names them: a list of names, or of lists of names, its groups."""
+    return [name for part in names for name in (part if isinstance(part, list) else [part])]
+
+
+def groups_of(config, split):
+    """The groups of a split as lists of labels; none where its classes are named one by one. Stops where only some have one."""
+    parts = (config['splits'] or {}).get(split, [])
+    if not isinstance(parts, list) or not any(isinstance(part, list) for part in parts):
+        return []
+    alone = [part for part in parts if not isinstance(part, list)]
+    if alone:
+        sys.exit(f'splits: {split} has groups of classes, but {alone[0]!r} stands in none: put it into a list.')
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    return [list(range(first, end)) for first, end in itertools.pairwise(ends)]
 
 
 # ---- From lists to files
@@ -178,15 +204,16 @@ def read_annotations(config):
                 print(f'{file}: {kind}, {len(rows)} videos' if rows else f'{file}: {kind}', flush=True)
             listed += rows
             names.update(some)
-    find, splits = finder(config['data_root'].rstrip('/')), config['splits'] or {}
-    wanted = {plain(name) for part in splits.values() if isinstance(part, list) for name in part}
+    find = finder(config['data_root'].rstrip('/'))
+    splits = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
+    wanted = {plain(name) for part in splits.values() for name in part}
     rows, unknown = [], []
     for label, name, start, end in listed:
         if isinstance(label, tuple):
             split, index = label
-            if not isinstance(splits.get(split), list) or index >= len(splits[split]):
+            if index >= len(splits.get(split, [])):
                 sys.exit(f'{name} is of class {index} of split {split}, but splits names '
-                         f'{len(splits[split]) if isinstance(splits.get(split), list) else "no"} classes there.')
+                         f'{len(splits[split]) if split in splits else "no"} classes there.')
             label = splits[split][index]
         path = find(name, label)
         if isinstance(label, int) and plain(label) not in wanted:  # a number where splits holds names
@@ -241,17 +268,24 @@ def timeless(stem):
 def episode(split, way, shot, queries, seed, number):
     """Episode `number` of seed `seed` -> (way * (shot + queries),) int64, indices into split.videos.
 
-    The supports first, class by class, then the queries, class by class; no video twice. A function of its arguments alone.
+    The supports first, class by class, then the queries, class by class; no video twice. Where the split has groups, the
+    classes of an even number are of one group, those of an odd one of as many groups. A function of its arguments alone.
     """
-    if len(split.classes) < way:
-        sys.exit(f'Split {split.name} has {len(split.classes)} classes, too few for {way}-way episodes: lower way.')
+    if split.most_ways < way:
+        groups = f' in {len(split.groups)} groups, the smallest of {min(map(len, split.groups))}' if split.groups else ''
+        sys.exit(f'Split {split.name} has {len(split.classes)} classes{groups}, too few for {way}-way episodes: lower way.')
     smallest = min(range(len(split.classes)), key=lambda label: len(split.members[label]))
     videos = len(split.members[smallest])
     if videos < shot + queries:
         sys.exit(f'Class {split.classes[smallest]!r} of split {split.name} has {videos} videos, too few for'
                  f' {shot} supports and {queries} queries: lower the shots or the queries, or leave the class out.')
     rng = np.random.default_rng([seed, number])
-    classes = rng.choice(len(split.classes), way, replace=False)
+    if not split.groups:
+        classes = rng.choice(len(split.classes), way, replace=False)
+    elif number % 2 == 0:
+        classes = rng.choice(split.groups[rng.integers(len(split.groups))], way, replace=False)
+    else:
+        classes = [rng.choice(split.groups[i]) for i in rng.choice(len(split.groups), way, replace=False)]
     drawn = np.stack([rng.choice(split.members[c], shot + queries, replace=False) for c in classes])
     return np.concatenate([drawn[:, :shot].ravel(), drawn[:, shot:].ravel()])
 
@@ -259,9 +293,9 @@ def episode(split, way, shot, queries, seed, number):
 def fit_episode(config, split, way, shot, queries):
     """-> (way, shot, queries), lowered to what the split's classes hold where the configuration says `lower`, and says so."""
     smallest = min(map(len, split.members), default=0)
-    if not config['lower'] or (way <= len(split.classes) and shot + queries <= smallest):
+    if not config['lower'] or (way <= split.most_ways and shot + queries <= smallest):
         return way, shot, queries
-    asked, way, shot = (way, shot, queries), min(way, len(split.classes)), max(1, min(shot, smallest - 1))
+    asked, way, shot = (way, shot, queries), min(way, split.most_ways), max(1, min(shot, smallest - 1))
     queries = min(queries, smallest - shot)
     if way < 2 or queries < 1:
         sys.exit(f'Split {split.name} is too small for any episode: it has {len(split.classes)} classes of {smallest} or more '

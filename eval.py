@@ -74,10 +74,10 @@ def together(rows, rights, recipes):
     for group in groups.values():
         if len(group) < 2:
             continue
-        accuracy, ci95 = testing.interval(np.mean([right.mean(1) for _, right in group], 0))
+        mean = np.mean([right for _, right in group], 0)  # (episodes, M)
         spread = float(np.std([row['accuracy'] for row, _ in group], ddof=1))
-        found.append({**group[0][0], 'checkpoint': [row['checkpoint'] for row, _ in group], 'accuracy': accuracy,
-                      'ci95': ci95, 'spread': spread, 'seconds': sum(row['seconds'] for row, _ in group),
+        found.append({**group[0][0], **testing.accuracies(mean, 'within' in group[0][0]), 'spread': spread,
+                      'checkpoint': [row['checkpoint'] for row, _ in group], 'seconds': sum(row['seconds'] for row, _ in group),
                       'confusion': np.sum([row['confusion'] for row, _ in group], 0).tolist(), 'per_class': None})
         print(testing.line(found[-1]), flush=True)
     return found
@@ -91,9 +91,11 @@ def print_pairs(rows, rights):
         own = other['method'].startswith(row['method'] + ',') and row['checkpoint'] == other['checkpoint']
         if row['episodes_hash'] != other['episodes_hash'] or (probe and not own):
             continue
-        mean, half = testing.interval(base.mean(1) - right.mean(1))
+        less = testing.accuracies(base.astype(int) - right, 'within' in row)
+        groups = ''.join(f', {part} groups {less[part]:+.2f} ± {less[part + "_ci95"]:.2f}' for part in ('within', 'across')
+                         if part in less)
         print(f'{row["way"]}-way {row["shot"]}-shot  {title(other, rows)} - {title(row, rows)}: '
-              f'{mean:+.2f} ± {half:.2f} points (paired)')
+              f'{less["accuracy"]:+.2f} ± {less["ci95"]:.2f} points{groups} (paired)')
 
 
 def title(row, rows):

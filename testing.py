@@ -146,6 +146,16 @@ def interval(values):
     return 100 * values.mean(), 100 * 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
 
 
+def accuracies(right, groups):
+    """Accuracy and interval of right answers (count, M); where a split has groups, also those of the episodes within one group
+    and across groups (see data.episode) -> dict(accuracy=, ci95=, within=, within_ci95=, across=, across_ci95=)."""
+    parts = {'accuracy': right, **({'within': right[::2], 'across': right[1::2]} if groups else {})}
+    found = {}
+    for name, part in parts.items():
+        found[name], found['ci95' if name == 'accuracy' else f'{name}_ci95'] = interval(part.mean(1))
+    return found
+
+
 def validate(config, method, kept, way, episodes):
     """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept."""
     method.eval()
@@ -193,11 +203,10 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
                 found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
                                 f'{name} {shot}-shot')
                 right = correct(found, way)
-                accuracy, ci95 = interval(right.mean(1))
                 confusion = np.zeros((len(split.classes),) * 2, int)
                 np.add.at(confusion, (true, np.take_along_axis(classes, found, 1)), 1)
                 rows.append(dict(
-                    method=name, checkpoint=each.checkpoint, **about, accuracy=accuracy, ci95=ci95, transductive=joint,
+                    method=name, checkpoint=each.checkpoint, **about, **accuracies(right, split.groups), transductive=joint,
                     text=getattr(each.method, 'text', False),
                     parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
                     frames=each.config['frames'],
@@ -213,6 +222,10 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
 def line(row):
     """One row of the table, for people."""
     runs = f' ({len(row["checkpoint"])} checkpoints, spread {row["spread"]:.2f})' if 'spread' in row else ''
+    groups = ''
+    if 'within' in row:
+        groups = ', '.join(f'{part} groups {row[part]:.2f} ± {row[part + "_ci95"]:.2f}' for part in ('within', 'across'))
     return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way {row["shot"]}-shot  {row["method"]:15} '
-            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %{runs}   {row["episodes"]} episodes ({row["episodes_hash"]}), '
+            f'{row["accuracy"]:6.2f} ± {row["ci95"]:.2f} %{runs}   {groups + "   " if groups else ""}'
+            f'{row["episodes"]} episodes ({row["episodes_hash"]}), '
             f'{row["queries"]} query a class, {"transductive" if row["transductive"] else "inductive"}, {row["seconds"]:.1f} s')

@@ -10,6 +10,7 @@ Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the va
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -266,6 +267,8 @@ def main():
     with ranks.rank_0_first():  # it makes or fetches what is missing
         splits, clip = data.load_splits(config), checkpoint.load_clip(config)
     train, val, test = splits['train'], splits['val'], splits['test']
+    if not config['train_groups']:
+        train = dataclasses.replace(train, groups=[])
     way, shot, queries = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
     data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
     data.check_test(config, test)

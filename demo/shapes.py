@@ -6,12 +6,12 @@
 In reading order: what can change (the five channels), the motions, their groups and splits, the levels, the drawing, clips,
 captioned stills.
 
-The actor is the coloured shape with a white nose. Its state is a point in a space of five channels, and a class is a way through
-that space: from a start straight to a corner, then straight to an end. Classes of the same net change, the end less the start,
-are a group, and a group lies whole in one split: within it only what happens in between tells the classes apart. The way
-played backwards is the way of another class of the same split, and the mean state of a clip is drawn around the same middle in
-every class, so no single frame and no bag of frames tells them apart. All else (the shape, its colour, place, speed and onset,
-the ground, another shape's own motion) is drawn anew for every clip, over the same ranges in every class.
+The actor is the coloured shape with a white nose. Its state is a point in a space of five channels, and a class is a way
+through that space: from a start straight to a corner, then straight to an end. Classes of the same net change, the end less
+the start, are a group, and a group lies whole in one split: within it only what happens in between tells the classes apart.
+The way played backwards is the way of another class of the same split, and the mean state of a clip is drawn around the same
+middle in every class, so no single frame and no bag of frames tells them apart. All else (the shape, its colour, place, speed
+and onset, the ground, another shape's own motion) is drawn anew for every clip, over the same ranges in every class.
 """
 
 import argparse
@@ -192,8 +192,8 @@ def draw(state, shape, colour, second, second_shape, grey, bar, noise, **ground)
     """Draw n frames, (n, SIDE, SIDE, 3) uint8.
 
     state, shape and colour (n, 3) of the actor; second, second_shape and grey (n,) of the second shape, which is not there
-    where its opacity is 0; bar (n,) the middle of a bar in pixels from the left; noise (n, SIDE, SIDE) added to every colour; the
-    rest as in draw_ground.
+    where its opacity is 0; bar (n,) the middle of a bar in pixels from the left; noise (n, SIDE, SIDE) added to every colour;
+    the rest as in draw_ground.
     """
     frames = draw_ground(**ground)
     there = second[:, 4] > 0
@@ -263,7 +263,8 @@ def clip(name, seed, number, level='default'):
     look['grating'][:, 3:] += u * rng.uniform(-1, 1, 2) * bounds['flow']
     middle = -10 + (SIDE + 20) * (u[:, 0] - rng.uniform(-0.4, 0.2)) / 0.2  # a bar is on its way for a fifth of the clip
     look['bar'] = np.where(rng.random() < bounds['bar'], middle, -SIDE)
-    sway = bounds['camera'] * rng.uniform(0, 1, 2) * np.sin(2 * np.pi * (u * rng.uniform(0.3, 1.2, 2) + rng.random(2)))  # (n, 2)
+    swing, cycles, phase = rng.uniform(0, bounds['camera'], 2), rng.uniform(0.3, 1.2, 2), rng.random(2)
+    sway = swing * np.sin(2 * np.pi * (u * cycles + phase))  # (n, 2)
     for moved in (state[:, :2], second[:, :2], look['grating'][:, 3:], look['specks'][..., :2].swapaxes(0, 1)):
         moved += sway
     return draw(state=state, second=second, noise=noise(rng, n), **look), rate
@@ -285,7 +286,7 @@ def write_clip(job):
     os.replace(temporary, path)
 
 
-def write_dataset(out, per_class=16, seed=0, workers=2, names=None, level='default'):
+def write_dataset(out, per_class=20, seed=0, workers=2, names=None, level='default'):
     """Write `per_class` clips of every class (or of `names`) to out/<class>/<number>.mp4; files already there stay."""
     jobs = []
     for name, number in itertools.product(names or MOTIONS, range(per_class)):
@@ -314,8 +315,8 @@ CAPTION = 'a {size} {fade} {colour} {shape}, {row} {column}, turned {heading}, o
 
 
 def stills(rng, n, alike=1):
-    """n captioned stills of actors: frames (n, SIDE, SIDE, 3) uint8 and a list of n captions. Half have a second shape, which the
-    caption does not mention, a tenth a bar; textures and pairs of ground colours are those of training clips.
+    """n captioned stills of actors: frames (n, SIDE, SIDE, 3) uint8 and a list of n captions. Half have a second shape, which
+    the caption does not mention, a tenth a bar; textures and pairs of ground colours are those of training clips.
 
     alike > 1 draws groups of so many stills that share each attribute with probability 1/2, so that their captions differ in
     few words and every word counts; n must be a multiple of it.
@@ -350,7 +351,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='data/moving_shapes')
     parser.add_argument('--level', choices=LEVELS, default='default')
-    parser.add_argument('--per_class', type=int, default=16)
+    parser.add_argument('--per_class', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     write_dataset(**vars(parser.parse_args()))

@@ -1,5 +1,6 @@
 """Tests of data.py: decoding, sampling, episodes, and the worker processes."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -159,6 +160,22 @@ def test_episodes():
     assert not np.array_equal(data.episode(split, 3, 2, 4, 42, 0), data.episode(split, 3, 2, 4, 43, 0))
 
 
+def test_episodes_of_groups():
+    """Even ones lie within one group, odd ones have no two classes of one."""
+    split = dataclasses.replace(fake_split([6] * 9), groups=[[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    seen = set()
+    for number in range(100):
+        classes = split.labels[data.episode(split, 3, 1, 1, 42, number)[:3]]
+        groups = set(classes // 3)
+        assert len(set(classes)) == 3 and len(groups) == (1 if number % 2 == 0 else 3)
+        seen |= {(number % 2, label) for label in classes}
+    assert len(seen) == 18  # any class in either
+    assert split.most_ways == 3 and fake_split([6] * 9).most_ways == 9
+    with pytest.raises(SystemExit, match='9 classes in 3 groups, the smallest of 3, too few for 4-way'):
+        data.episode(split, 4, 1, 1, 42, 0)
+    assert data.fit_episode(dict(lower=True), split, 5, 1, 1) == (3, 1, 1)
+
+
 def test_impossible_episodes_stop_with_a_sentence():
     with pytest.raises(SystemExit, match='has 2 classes'):
         data.episode(fake_split([5, 5]), 3, 1, 1, 0, 0)
@@ -192,6 +209,15 @@ def test_folder_per_class(folder):
     assert [os.path.relpath(v.path, folder) for v in train.videos[:6]] == [f'Turn_Left/{n}' for n in
                                                                           ('0.mp4', '1.mp4', '2.mp4', '3.mp4', '4', '5.avi')]
     assert splits['val'].classes == [] and len(splits['test'].videos) == 6
+
+
+def test_groups_of_classes(folder):
+    groups = [['turn left', 'Jump'], ['roll_over']]
+    split = data.load_splits(make_config(folder, splits=dict(test=groups)))['test']
+    assert split.classes == ['turn left', 'Jump', 'roll_over'] and split.groups == [[0, 1], [2]]
+    assert data.load_splits(make_config(folder, splits=dict(test=sum(groups, []))))['test'].groups == []
+    with pytest.raises(SystemExit, match="'roll_over' stands in none"):
+        data.load_splits(make_config(folder, splits=dict(test=[['turn left', 'Jump'], 'roll_over'])))
 
 
 def test_fractions_and_bad_splits(folder, tmp_path):

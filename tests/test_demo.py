@@ -10,16 +10,7 @@ import pytest
 DEMO = Path(__file__).resolve().parent.parent / 'demo'
 sys.path.insert(0, str(DEMO))
 import shapes  # noqa: E402
-
-U = np.linspace(0, 1, 33)
-
-
-COURSES = {name: shapes.trajectory(name, U, phase=70.0, swing=0.6, offset=0.3) for name in shapes.MOTIONS}
-
-
-def backwards(name):
-    """The classes that are `name` played backwards."""
-    return [other for other, course in COURSES.items() if np.abs(course[::-1] - COURSES[name]).max() < 1e-6]
+from config import read_sample  # noqa: E402
 
 
 def decode(path):
@@ -27,49 +18,66 @@ def decode(path):
         return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
 
 
-def test_every_class_is_in_exactly_one_split():
-    names = [name for split in shapes.SPLITS.values() for name in split]
-    assert sorted(names) == sorted(shapes.MOTIONS)
-    assert {split: len(names) for split, names in shapes.SPLITS.items()} == dict(train=158, val=10, test=16)
+def test_every_class_is_in_one_group_and_every_group_in_one_split():
+    groups = [group for split in shapes.SPLITS.values() for group in split]
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(shapes.MOTIONS) and len(set(names)) == len(names)
+    assert {split: len(groups) for split, groups in shapes.SPLITS.items()} == dict(train=37, val=4, test=10)
+    assert min(map(len, groups)) == 5  # 5-way episodes within a group
+
+
+def test_groups_are_the_classes_of_equal_net_change():
+    nets = [[shapes.MOTIONS[name][0] for name in group] for split in shapes.SPLITS.values() for group in split]
+    assert all(np.allclose(net, group[0]) for group in nets for net in group)
+    assert len({tuple(np.round(group[0], 6) + 0.0) for group in nets}) == len(nets)
 
 
 @pytest.mark.parametrize('split', shapes.SPLITS)
 def test_every_class_has_its_reversal_in_its_own_split(split):
-    for name in shapes.SPLITS[split]:
-        (partner,) = backwards(name)
-        assert partner in shapes.SPLITS[split]
-        assert partner != name or name.endswith('and back')
+    names = [name for group in shapes.SPLITS[split] for name in group]
+    for name in names:
+        net, corner = shapes.MOTIONS[name]
+        backwards = [other for other, (end, bend) in shapes.MOTIONS.items()
+                     if np.allclose(end, -net) and np.allclose(bend, corner - net)]
+        assert len(backwards) == 1 and backwards[0] in names
+        assert backwards[0] != name or name.endswith('and back')
 
 
 def test_no_two_classes_are_the_same_motion():
-    courses = np.stack(list(COURSES.values())).reshape(len(COURSES), -1)
-    apart = np.abs(courses[:, None] - courses[None]).max(-1) + np.eye(len(courses))
-    assert apart.min() > 1e-3
+    assert len({tuple(np.round(np.concatenate(motion), 6) + 0.0) for motion in shapes.MOTIONS.values()}) == len(shapes.MOTIONS)
 
 
-def test_every_class_stays_within_the_same_ranges():
+@pytest.mark.parametrize('level', shapes.LEVELS)
+def test_every_class_stays_within_the_same_ranges_around_the_same_middle(level):
+    bounds, rng = shapes.bounds_of(level), np.random.default_rng(0)
     for name in shapes.MOTIONS:
-        for offset in (-1, 1):
-            away = np.abs(shapes.trajectory(name, U, 10.0, 0.66, offset) - shapes.MIDDLE) / shapes.REACH
-            assert away[:, ~shapes.ROUND].max() <= 1 + 1e-6
+        states = np.stack([shapes.course(rng, name, 40, bounds['part'], bounds['corner']) for _ in range(20)])
+        away = (states - shapes.MIDDLE) / shapes.REACH
+        assert np.abs(away[..., ~shapes.ROUND]).max() <= 1 + 1e-6
+    for name in ('move right then grow', 'grow then move right', 'move right, too far and back'):
+        states = [shapes.course(rng, name, 40, bounds['part'], bounds['corner']).mean(0) for _ in range(500)]
+        away = (np.mean(states, 0) - shapes.MIDDLE) / shapes.REACH
+        assert np.abs(away[~shapes.ROUND]).max() < 0.06
 
 
 @pytest.mark.parametrize('name, channel, sign', [
     ('move right', 0, 1), ('move down', 1, 1), ('spin clockwise', 2, 1), ('shrink', 3, -1), ('fade in', 4, 1),
 ])  # fmt: skip
 def test_a_motion_does_what_its_name_says(name, channel, sign):
-    change = COURSES[name][-1] - COURSES[name][0]
+    states = shapes.course(np.random.default_rng(1), name, 40, (1, 1), (0.5, 0.5))
+    change = states[-1] - states[0]
     assert sign * change[channel] > 0 and np.allclose(np.delete(change, channel), 0)
+    steps = sign * np.diff(states[:, channel])
+    assert (steps > -1e-9).all()
+    beyond = shapes.course(np.random.default_rng(1), f'{name}, too far and back', 41, (1, 1), (0.5, 0.5))[:, channel] * sign
+    assert beyond.argmax() == 20 and beyond[0] < beyond[-1] < beyond[20]
 
 
 def test_drawing_moves_and_turns_clockwise_with_y_down():
     """White domes on black: their centres of mass lie where the state says, their round sides where they head."""
-    state = np.stack([shapes.MIDDLE] * 3)
-    state[:, :5] = [(44, 20, 0, np.log(12), 1), (20, 44, 90, np.log(12), 1), (32, 32, 180, np.log(12), 1)]
-    dome = np.full(3, list(shapes.SHAPES).index('dome'))
-    dark = dict(ground=np.zeros((3, 3), np.float32), specks=np.zeros((3, shapes.SPECKS, 4)), noise=np.zeros((3, 64, 64)))
-    frames = shapes.draw(shape=dome, state=state, saturation=np.zeros(3), **dark)
-    assert frames.shape == (3, 64, 64, 3) and frames.dtype == np.uint8
+    state = np.array([(44, 20, 0, np.log(12), 1), (20, 44, 90, np.log(12), 1), (32, 32, 180, np.log(12), 1)])
+    frames, white = np.zeros((3, 64, 64, 3), np.float32), np.full((3, 3), 255)
+    shapes.draw_shape(frames, state, np.full(3, list(shapes.SHAPES).index('dome')), white, white)
     light = frames.mean(-1) / frames.mean(-1).sum((1, 2), keepdims=True)
     x, y = (light.sum(1) * (np.arange(64) + 0.5)).sum(1), (light.sum(2) * (np.arange(64) + 0.5)).sum(1)
     assert np.abs(x - state[:, 0]).max() < 2.5 and np.abs(y - state[:, 1]).max() < 2.5
@@ -78,22 +86,77 @@ def test_drawing_moves_and_turns_clockwise_with_y_down():
         assert lit.max() - 44 > 44 - lit.min()
 
 
+def test_stills_tell_the_actor_from_the_second_shape():
+    """The second shape is grey all over; the actor has colour, and a white nose."""
+    rng = np.random.default_rng(0)
+    look = shapes.appearance(rng, *rng.integers(6, size=(2, 1)), rng.uniform(0, 360, 1), (0, 0))
+    look |= dict(specks=np.zeros((1, 5, 4)), ground=np.zeros((1, 2, 3)), noise=np.zeros((1, 64, 64)), bar=np.array([-64.0]))
+    state, second = np.array([[16, 32, 0, np.log(9), 1.0]]), np.array([[48, 32, 0, np.log(9), 1.0]])
+    (frame,) = shapes.draw(state=state, second=second, **look)
+    spread = frame.max(-1).astype(int) - frame.min(-1)
+    assert spread[:, :32].max() > 80 and frame[:, :32].min(-1).max() == 255
+    assert spread[:, 32:].max() == 0 and 100 < frame[:, 32:].max() < 200
+    second[:, 4] = 0
+    assert shapes.draw(state=state, second=second, **look)[0, :, 32:].max() == 0
+
+
+def test_the_looks_of_held_out_classes_are_in_no_still_and_no_training_clip(monkeypatch):
+    seen, original = [], shapes.appearance
+
+    def appearance(*args):
+        look = original(*args)
+        seen.append(set(look['texture']))
+        return look
+
+    monkeypatch.setattr(shapes, 'appearance', appearance)
+    shapes.stills(np.random.default_rng(0), 200)
+    for number in range(20):
+        shapes.clip('move right then grow', 0, number)
+    known = set().union(*seen)
+    seen.clear()
+    for number in range(20):
+        shapes.clip('move left then grow', 0, number)
+    held = set().union(*seen)
+    assert known == set(shapes.KNOWN['textures']) and held and not known & held
+    pairs = {kind: {frozenset((i, (i + step) % 6)) for i in range(6) for step in looks['pairs']}
+             for kind, looks in dict(known=shapes.KNOWN, held=shapes.HELD).items()}
+    assert not pairs['known'] & pairs['held']
+
+
 def test_clips_decode_to_their_frames_and_are_the_same_for_the_same_seed(tmp_path):
+    names = ['grow and back', 'move right then grow']
     for folder in 'ab':
-        shapes.write_dataset(tmp_path / folder, 2, seed=5, workers=1, names=['move right then grow', 'orbit clockwise'])
+        shapes.write_dataset(tmp_path / folder, 2, seed=5, workers=1, names=names)
     files = sorted((tmp_path / 'a').rglob('*.*'))
     assert [f'{file.parent.name}/{file.name}' for file in files] == [
-        f'{name}/{number}.mp4' for name in ('move right then grow', 'orbit clockwise') for number in ('0000', '0001')
+        f'{name}/{number}.mp4' for name in names for number in ('0000', '0001')
     ]
     for file in files:
         assert file.read_bytes() == (tmp_path / 'b' / file.relative_to(tmp_path / 'a')).read_bytes()
         frames, rate = shapes.clip(file.parent.name, 5, int(file.stem))
         decoded = decode(file)
-        assert decoded.shape == frames.shape and 20 <= len(frames) <= 32
+        assert decoded.shape == frames.shape and 1.4 * rate <= len(frames) <= 6.1 * rate
         assert np.abs(decoded.astype(int) - frames).mean() < 12
         with av.open(str(file)) as container:
             assert container.streams.video[0].average_rate == rate
     assert not np.array_equal(shapes.clip('move right', 5, 0)[0][0], shapes.clip('move right', 6, 0)[0][0])
+
+
+def test_levels_are_the_same_scene_ever_harder_to_read(tmp_path):
+    easy, default, hard = (shapes.clip('move up', 0, 3, level) for level in shapes.LEVELS)
+    assert easy[1] == default[1] == hard[1] and len(easy[0]) <= len(default[0]) == len(hard[0])
+    assert not np.array_equal(default[0], hard[0])
+    sizes = []
+    for level in shapes.LEVELS[1:]:
+        shapes.write_dataset(tmp_path / level, 2, workers=1, names=['move up'], level=level)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / level).rglob('*.mp4')))
+    assert sizes[1] < sizes[0]
+    with pytest.raises(ValueError):
+        shapes.clip('move up', 0, 3, 'harder')
+
+
+def test_the_config_of_the_demo_names_the_same_groups():
+    assert read_sample(str(DEMO.parent / 'sample_configs' / 'moving_shapes.py'))['splits'] == shapes.SPLITS
 
 
 def test_writing_resumes(tmp_path):

@@ -41,7 +41,7 @@ def world(tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp('world')
     names = ['move right', 'move left', 'move up', 'move down', 'grow', 'shrink', 'fade in', 'fade out']
-    write_dataset(str(root / 'clips'), 6, workers=1, names=names)
+    write_dataset(str(root / 'clips'), 6, workers=1, names=names, level='easy')
     torch.manual_seed(0)
     clip = CLIP(32, 16, 128, 3, 32, vocab_size=514, context_length=40, text_width=64, text_layers=1)
     torch.save(clip.state_dict(), root / 'clip.pt')
@@ -379,6 +379,20 @@ def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, train
     for i, j in itertools.combinations(range(9), 2):
         said, = re.findall(re.escape(f'{name[j]} - {name[i]}: ') + '([+-][0-9.]+) ± ', result.output)
         assert float(said) == pytest.approx(rows[j]['accuracy'] - rows[i]['accuracy'], abs=0.0051)
+
+
+def test_within_and_across_groups_are_the_halves_of_a_test(world):
+    """By hand from the episodes: even ones are within a group, odd ones across."""
+    groups = [['move right', 'move left'], ['move up', 'move down'], ['grow', 'shrink']]
+    result = run(evaluation, world, f'--splits={dict(test=groups)}', '--test_shots=[1]', f'--out_dir={world / "groups"}')
+    rows = json.loads((world / 'groups' / 'results.json').read_text())
+    for row in rows:
+        assert row['accuracy'] == pytest.approx((row['within'] + row['across']) / 2)
+        assert f'within groups {row["within"]:.2f} ± {row["within_ci95"]:.2f}, across groups' in result.output
+    assert 'within groups' in next(text for text in result.output.splitlines() if 'paired' in text)
+    config = load_config([str(world / 'config.py'), f'--splits={dict(test=groups)}'])
+    episodes = testing.draw_episodes(data.load_splits(config)['test'], 2, 1, 1, 42, 30)
+    assert all((a // 2 == b // 2) == (i % 2 == 0) for i, (a, b) in enumerate(episodes[:, :2] // 6))
 
 
 def test_several_ways_from_one_encoding(world):
