@@ -1,0 +1,133 @@
+"""What a checkpoint of VBA can and cannot tell apart on the demo: the figures of docs/what-vba-sees.md.
+
+    python demo/sees.py --ckpt=runs/moving_shapes_vba/best.pt     # mistakes within groups, and what linear probes read
+    python demo/sees.py --fewer=4 > runs/fewer.py                 # the demo's config with each fourth group to train on
+
+In reading order: kinds (what there is to know of a class), mistakes, probes, fewer, main.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shapes import MOTIONS, SPLITS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import encoding  # noqa: E402
+from config import load_config, read_sample, resolve  # noqa: E402
+from model import VBA, Episode  # noqa: E402
+from reader import ClipReader  # noqa: E402
+
+OPTIONS = dict(
+    ckpt=None,                 # a checkpoint of VBA on the demo; its results.json lies beside it
+    fewer=0,                   # n > 0: print the config with each n-th group of training motions, and end
+)
+KINDS = ('one then the other', 'the other then one', 'both at once', 'both, too far and back', 'back first, then both')
+SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'sample_configs', 'moving_shapes.py')
+
+
+# ---- What there is to know of a class
+
+def changes(name):
+    """The sign of a motion's net change in each of the five channels, (5,) of 0, 1, 2 for less, none, more."""
+    return np.sign(MOTIONS[name][0]).astype(int) + 1
+
+
+def kind(name):
+    """Where the corner of a motion lies, the place of its group's list in KINDS; -1 where two channels do not both change."""
+    group = next(group for groups in SPLITS.values() for group in groups if name in group)
+    return group.index(name) if np.abs(MOTIONS[name][0]).sum() == 2 else -1
+
+
+# ---- Mistakes
+
+def mistakes(path):
+    """Prints, for what was trained in a results.json, how queries of motions of two channels were answered within their group."""
+    with open(path) as file:
+        rows = [row for row in json.load(file) if row['shot'] == 1 and row['checkpoint'] and not row['transductive']]
+    for row in rows:
+        kinds, counts = np.array([kind(name) for name in row['classes']]), np.array(row['confusion'], float)
+        table = np.zeros((5, 5))
+        for first in np.flatnonzero(kinds == 0):  # the classes of a group stand together
+            table += counts[first:first + 5, first:first + 5]
+        share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
+        print(f'\n{row["method"]}, 1-shot: % answered, of the answers within the group\n')
+        print('| true | ' + ' | '.join(KINDS) + ' |\n' + '| --- ' * 6 + '|')
+        for name, values in zip(KINDS, share):
+            print(f'| {name} | ' + ' | '.join(f'{value:.0f}' for value in values) + ' |')
+
+
+# ---- Linear probes: fitted on the videos of training motions, tested on those of others
+
+def probe(x, label, held, held_label, penalty=300.0):
+    """Ridge regression of one-hot labels: features (n, D) and labels (n,) -> the share of right answers on (m, D) and (m,)."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, held = (torch.cat([(part - mean) / std, torch.ones(len(part), 1)], 1) for part in (x, held))
+    one_hot = torch.nn.functional.one_hot(label).double()
+    weight = torch.linalg.solve(x @ x.T + penalty * torch.eye(len(x), dtype=x.dtype), one_hot)  # (n, classes), the dual
+    return ((held @ (x.T @ weight)).argmax(1) == held_label).double().mean().item()
+
+
+@torch.no_grad()
+def read(config, clip, model, split):
+    """What of each video is probed, {name: (V, D) float64}, and the classes' names of the videos."""
+    def make(seen):
+        kept = encoding.videos(config, model, seen[1:])
+        alone = Episode(torch.zeros(0, dtype=torch.int64), torch.zeros(len(kept[0]), 1, dtype=torch.int64), [], joint=False)
+        answer = model.features([x.float() for x in kept], alone).flatten(1)
+        patches = torch.stack([x.mean(2) for x in model.kept([x.float() for x in seen[1:]])], 1)
+        return [seen[0].flatten(1).float(), patches.flatten(1).float(), kept[0].flatten(1), answer]
+
+    reader = ClipReader(config, clip.visual.image_size)
+    try:
+        kept = encoding.keep(config, clip, split, reader, ('image', *model.sees), make, ['probes', config['ckpt']])
+    finally:
+        reader.close()
+    names = ("CLIP's frame features, in order", 'mean patch of each frame and level, in order', 'Q*_0', 'Q_S, the answer')
+    return {name: x[kept.rows].double() for name, x in zip(names, kept.tensors)}, [split.classes[i] for i in kept.split.labels]
+
+
+def probes(config, clip, model, splits):
+    """Prints what linear probes read off each stage: the net change (mean over the channels) and the kind of corner."""
+    (train, train_names), (test, test_names) = (read(config, clip, model, splits[name]) for name in ('train', 'test'))
+    print('\n| % right, a linear probe of | net change, each channel | kind of corner (chance 20) |\n| --- | --- | --- |')
+    for stage in train:
+        right = []
+        for label in (lambda name, i=i: changes(name)[i] for i in range(5)):
+            right.append(probe(train[stage], torch.tensor([label(name) for name in train_names]),
+                               test[stage], torch.tensor([label(name) for name in test_names])))
+        own, held = (torch.tensor([kind(name) for name in names]) for names in (train_names, test_names))
+        corner = probe(train[stage][own >= 0], own[own >= 0], test[stage][held >= 0], held[held >= 0])
+        print(f'| {stage}, {train[stage].shape[1]} numbers | {100 * np.mean(right):.0f} | {100 * corner:.0f} |')
+
+
+def fewer(n):
+    """The demo's config with each n-th group of training motions, as the text of a file."""
+    config = read_sample(SAMPLE)
+    config['splits']['train'] = config['splits']['train'][::n]
+    return 'config = dict(\n' + ''.join(f'    {key}={value!r},\n' for key, value in config.items()) + ')\n'
+
+
+def main():
+    if any(argument.startswith('--fewer=') for argument in sys.argv):
+        print(fewer(load_config(sys.argv[1:], OPTIONS)['fewer']), end='')
+        return
+    config, ((path, saved, own),) = checkpoint.configure(sys.argv[1:], OPTIONS)
+    resolve(own)
+    mistakes(os.path.join(os.path.dirname(path), 'results.json'))
+    clip = checkpoint.load_clip(own)
+    model = checkpoint.rebuild(own, clip, saved, path)
+    if not isinstance(model, VBA):
+        sys.exit(f'{path} is of method={own["method"]}, not of VBA.')
+    checkpoint.freeze(own, clip)
+    probes(own, clip, model, data.load_splits(own))
+
+
+if __name__ == '__main__':
+    main()
