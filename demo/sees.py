@@ -48,7 +48,7 @@ def kind(name):
 # ---- Mistakes
 
 def mistakes(path):
-    """Prints, for what was trained in a results.json, how queries of motions of two channels were answered within their group."""
+    """Prints, for what was trained in a results.json, how queries of motions of two channels were answered in their group."""
     with open(path) as file:
         rows = [row for row in json.load(file) if row['shot'] == 1 and row['checkpoint'] and not row['transductive']]
     for row in rows:
