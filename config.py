@@ -91,7 +91,8 @@ CHOICES = dict(
 TYPES = dict(annotations=(str, list), ckpt=(str, list), query=(str, list), splits=dict, test_ways=list, image_size=int,
              workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
-            'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp')
+            'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
+            'jobs')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
                 'seed', 'window')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',

@@ -82,6 +82,16 @@ def test_what_fails_is_told_and_what_was_interrupted_goes_on(monkeypatch, tmp_pa
     assert '--resume=True' in compared(monkeypatch, 'matrix', f'--out={tmp_path}')[0]
 
 
+def test_the_learning_rate_is_chosen_in_validation(monkeypatch, tmp_path, capsys):
+    """Of three the middle one is best there; the others are not trained with a second seed."""
+    best = {True: 0.9, False: 0.5}
+    monkeypatch.setattr(compare.checkpoint, 'load', lambda path, trusted: dict(state=dict(best=best['lr_0.2' in path])))
+    commands = compared(monkeypatch, 'matrix', '--lrs=[0.1,0.2,0.4]', '--seeds=2', f'--out={tmp_path}')
+    assert [command[4] for command in commands] == ['--lr=0.1', '--lr=0.2', '--lr=0.4', '--lr=0.2']
+    assert [command[5] for command in commands] == ['--seed=0'] * 3 + ['--seed=1']
+    assert '| matrix, lr=0.2 | 1,234 |' in capsys.readouterr().out and (tmp_path / 'table.png').exists()
+
+
 @pytest.mark.parametrize('arguments, words', [
     (['matrix', '--max_itres=3'], "did you mean 'max_iters'"), ([], 'Name the rows after the config'),
     (['matrix --depth=3'], "no option 'depth' with method=matrix"), (['matricks'], "There is no method 'matricks'"),

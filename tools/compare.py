@@ -21,19 +21,21 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from checkpoint import whole  # noqa: E402
+import checkpoint  # noqa: E402
 from config import load_config, name_of  # noqa: E402
+from tools import pictures  # noqa: E402
 
 OPTIONS = dict(
     seeds=1,                   # trainings of each row: with the seeds 0, 1, ...
     jobs=1,                    # trainings at a time, which share the processor's cores
+    lrs=[0.0],                 # several: tried with seed 0, and each row goes on with its best in validation
     out='',                    # a folder for the runs; '': runs/compare_<dataset>
 )
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % of Student's t with 1, 2, ... degrees of freedom
 
 
-def train_all(sample, rows, common, config):
-    """Trains and tests every row with every seed -> {row: [its results.json of each seed, ...]}.
+def train_all(sample, rows, seeds, common, config):
+    """Trains and tests every row with every seed -> {row: [the folder of each seed, ...]}.
 
     rows: {row: arguments of train.py}; common: arguments of all.
     """
@@ -42,9 +44,9 @@ def train_all(sample, rows, common, config):
 
     def train(job):
         row, seed = job
-        out_dir = os.path.join(folder, re.sub(r'\W+', '_', ' '.join([row, *common])).strip('_') + f'_seed{seed}')
-        results, ended = os.path.join(out_dir, 'results.json'), 0
-        if not os.path.exists(results):
+        name = ' '.join([name_of(rows[row][0].partition('=')[2]), *rows[row][1:], *common])
+        out_dir, ended = os.path.join(folder, re.sub(r'[^\w.-]+', '_', name.replace('--', '')) + f'_seed{seed}'), 0
+        if not os.path.exists(os.path.join(out_dir, 'results.json')):
             os.makedirs(out_dir, exist_ok=True)
             resume = os.path.exists(os.path.join(out_dir, 'last.pt'))
             command = [sys.executable, os.path.join(ROOT, 'train.py'), sample, *rows[row], *common, f'--seed={seed}',
@@ -52,22 +54,41 @@ def train_all(sample, rows, common, config):
             with open(os.path.join(out_dir, 'output.txt'), 'a') as output:
                 ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
                                        env={**os.environ, 'OMP_NUM_THREADS': threads}).returncode
-        return row, out_dir, results, ended
+        return row, out_dir, ended
 
-    jobs, found = [(row, seed) for row in rows for seed in range(config['seeds'])], {row: [] for row in rows}
+    jobs, found = [(row, seed) for row in rows for seed in seeds], {row: [] for row in rows}
     with ThreadPool(config['jobs']) as pool:
-        for row, out_dir, results, ended in tqdm(pool.imap(train, jobs), total=len(jobs), unit='training', disable=None):
+        for row, out_dir, ended in tqdm(pool.imap(train, jobs), total=len(jobs), unit='training', disable=None):
             if ended:
                 sys.exit(f'{row}: the training ended with exit status {ended}; {out_dir}/output.txt tells why.')
-            with open(results) as file:
-                found[row].append(json.load(file))
+            found[row].append(out_dir)
     return found
+
+
+def best_rates(sample, rows, common, config):
+    """The rows with the learning rate of `lrs` that the validation classes, and they alone, find best."""
+    trials = {(row, lr): [*arguments, f'--lr={lr}'] for row, arguments in rows.items() for lr in config['lrs']}
+    reached = {}
+    for trial, (folder,) in train_all(sample, trials, [0], common, config).items():
+        saved = checkpoint.load(os.path.join(folder, 'best.pt'), trusted=trials[trial][0].partition('=')[2])
+        reached[trial] = saved['state']['best']
+    chosen = {}
+    for row in rows:
+        best = max((trial for trial in trials if trial[0] == row), key=reached.get)
+        print(f'{row}: ' + ', '.join(f'lr={lr} {100 * reached[row, lr]:.1f} %' for lr in config['lrs']) + ' in validation')
+        chosen[f'{row}, lr={best[1]}'] = trials[best]
+    return chosen
 
 
 def measures(results):
     """The column heads of results: what a row of results.json holds, and the shot."""
     parts = [part for part in ('within', 'across') if part in results[0]] or ['accuracy']
     return [(part, shot) for shot in dict.fromkeys(row['shot'] for row in results) for part in parts]
+
+
+def inductive(runs, shot):
+    """Of each seed the row of what was trained, where queries do not see each other."""
+    return [next(row for row in run if row['shot'] == shot and row['checkpoint'] and not row['transductive']) for run in runs]
 
 
 def titles(heads):
@@ -100,22 +121,34 @@ def table(found):
 
 
 def differences(found):
-    """Markdown: each row less the first one, paired by seed, with the 95 % interval of the mean over seeds."""
+    """Markdown: each row, inductive, less the first one, paired by seed, with the 95 % interval of the mean over seeds."""
     (base, base_runs), *others = found.items()
     heads = measures(base_runs[0])
     lines = [f'| less {base} | {titles(heads)} |', '| --- ' * (1 + len(heads)) + '|']
 
-    def values(runs, part, shot):
-        return [next(row[part] for row in run if row['checkpoint'] and row['shot'] == shot) for run in runs]
-
     for label, runs in others:
         cells = []
         for part, shot in heads:
-            less = [a - b for a, b in zip(values(runs, part, shot), values(base_runs, part, shot))]
+            less = [row[part] - other[part] for row, other in zip(inductive(runs, shot), inductive(base_runs, shot))]
             half = STUDENT[min(len(less), 10) - 2] * statistics.stdev(less) / math.sqrt(len(less))
             cells.append(f'{statistics.mean(less):+.1f} ± {half:.1f}')
         lines.append(f'| {label} | {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def draw(found, path):
+    """Accuracy against trained numbers: each row's mean over the seeds, with its standard deviation."""
+    heads = measures(next(iter(found.values()))[0])
+    figure, axes = pictures.plt.subplots(1, len(heads), figsize=(4 * len(heads), 3.5), squeeze=False)
+    for (part, shot), plot in zip(heads, axes[0]):
+        for label, runs in found.items():
+            own = inductive(runs, shot)
+            values, size = [row[part] for row in own], own[0]['parameters']
+            mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            plot.errorbar(size, mean, spread, fmt='o', capsize=3)
+            plot.annotate(label, (size, mean), (4, 4), textcoords='offset points', fontsize=7)
+        plot.set(xscale='log', xlabel='trained numbers', ylabel='%', title=titles([(part, shot)]))
+    pictures.save(figure, path)
 
 
 def main():
@@ -131,14 +164,21 @@ def main():
     if not rows:
         sys.exit('Name the rows after the config: methods, each with its options in quotes.')
     config['out'] = config['out'] or os.path.join(ROOT, 'runs', f'compare_{config["dataset"]}')
-    found = train_all(sample, rows, common, config)
+    if len(config['lrs']) > 1:
+        rows = best_rates(sample, rows, common, config)
+    found = {row: [] for row in rows}
+    for row, folders in train_all(sample, rows, range(config['seeds']), common, config).items():
+        for folder in folders:
+            with open(os.path.join(folder, 'results.json')) as file:
+                found[row].append(json.load(file))
     text = (f'{config["dataset"]}, {config["max_iters"]} steps, seeds 0 to {config["seeds"] - 1}, '
             f'{config["test_episodes"]} episodes\n\n{table(found)}\n')
     if len(rows) > 1 and config['seeds'] > 1:
         text += f'\n{differences(found)}\n'
     print(text)
-    with whole(os.path.join(config['out'], 'table.md')) as file:
+    with checkpoint.whole(os.path.join(config['out'], 'table.md')) as file:
         file.write(text)
+    draw(found, os.path.join(config['out'], 'table.png'))
 
 
 if __name__ == '__main__':
