@@ -1,4 +1,4 @@
-"""T x T trained numbers and no more: how much frame a of a query has to say to frame b of a class, on CLIP's frame features.
+"""T x T trained numbers: how much frame a of a query has to say to frame b of a class, on CLIP's frame features.
 
 What a method with millions of parameters has to beat.
 """
@@ -9,15 +9,20 @@ from torch import nn
 
 
 class Method(nn.Module):
+    options = dict(
+        layer=0,                # width of a trained linear layer between CLIP and the matrix; 0: none
+    )
     sees = ('image',)
 
     def __init__(self, clip, names, config):
         super().__init__()
+        dim, width = clip.visual.proj.shape[1], config['layer']
+        self.layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width)) if width else nn.Identity()
         self.matrix = nn.Parameter(4 * torch.eye(config['frames']))  # [query's frame, class's frame]
 
     def video(self, image):
-        """CLIP's image features (V, T, embed_dim) -> the same, each of length 1."""
-        return (F.normalize(image.float(), dim=-1),)
+        """CLIP's image features (V, T, embed_dim) -> the same or the layer's, each of length 1."""
+        return (F.normalize(self.layer(image).float(), dim=-1),)
 
     def scores(self, kept, episode):
         """The sum over all pairs of frames of matrix times cosine, where features are seen from the middle of the supports."""

@@ -72,6 +72,19 @@ def test_matrix_by_hand():
                 torch.testing.assert_close(scores[0, m, n], sum(pairs), rtol=1e-4, atol=1e-5)
 
 
+def test_matrix_on_a_layer():
+    """8.6 k numbers on 128 features; frames that the layer makes alike are alike."""
+    _, method = built('matrix', embed_dim=128, layer=64)
+    assert sum(p.numel() for p in method.parameters()) == 2 * 128 + 128 * 64 + 64 + 8 * 8
+    with torch.no_grad():
+        method.layer[1].weight[:, 64:] = 0
+        frames = torch.randn(2, 8, 128)
+        frames -= frames.mean(-1, keepdim=True)
+        other = frames.clone()
+        other[..., 64:] = frames[..., 64:].flip(-1)  # the same mean and deviation
+        torch.testing.assert_close(method.video(frames)[0], method.video(other)[0])
+
+
 def test_zero_shot_by_hand():
     """The texts of the episode's own classes, in the order of its ways; supports play no part."""
     clip, method = built('zero_shot', templates=['a {}'])
