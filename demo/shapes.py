@@ -62,6 +62,7 @@ HELD_OUT = dict(  # groups; each beside the one that is it played backwards
     val=[
         'move right and spin counter-clockwise', 'move left and spin clockwise',
         'move down and fade in', 'move up and fade out',
+        'spin clockwise and grow', 'spin counter-clockwise and shrink',
     ],
     test=[
         'move right and move down', 'move left and move up',

@@ -22,7 +22,7 @@ def test_every_class_is_in_one_group_and_every_group_in_one_split():
     groups = [group for split in shapes.SPLITS.values() for group in split]
     names = [name for group in groups for name in group]
     assert sorted(names) == sorted(shapes.MOTIONS) and len(set(names)) == len(names)
-    assert {split: len(groups) for split, groups in shapes.SPLITS.items()} == dict(train=37, val=4, test=10)
+    assert {split: len(groups) for split, groups in shapes.SPLITS.items()} == dict(train=35, val=6, test=10)
     assert min(map(len, groups)) == 5  # 5-way episodes within a group
 
 
