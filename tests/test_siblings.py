@@ -151,6 +151,22 @@ def test_parameter_counts(name, dim, count):
     assert sum(p.numel() for p in method.parameters()) == count
 
 
+@pytest.mark.parametrize('name, rates', [('trx', [0.1]), ('hyrsm', [0.05, 0.1, 0.1, 0.2]), ('clip_fsar', [0.05, 0.05, 0.2])])
+def test_each_dropout_acts_in_training(name, rates):
+    found = []
+    for i in range(len(rates)):
+        _, method = built(name)
+        parts = [(m, 'p') for m in method.modules() if isinstance(m, torch.nn.Dropout)]
+        parts += [(method.inter, 'dropout')] if name == 'hyrsm' else []  # on the attention
+        found.append(getattr(*parts[i]))
+        for j, (module, rate) in enumerate(parts):
+            if j != i:
+                setattr(module, rate, 0.0)
+        assert not torch.equal(scores(method.train(), features(5)), scores(method, features(5)))
+        assert torch.equal(scores(method.eval(), features(5)), scores(method, features(5)))
+    assert sorted(found) == rates
+
+
 # ---- proto and matching
 
 def test_proto_by_hand():
