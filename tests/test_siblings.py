@@ -18,6 +18,7 @@ from config import find_method, load_config
 from methods.otam import align, one_way
 from model import Episode, Step, look
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ['proto', 'matching', 'otam', 'trx', 'hyrsm', 'clip_fsar']
 T, DIM = 4, 16
 CLASSES = ['a', 'b', 'c', 'd']  # of the training split
@@ -124,8 +125,7 @@ def test_help_has_a_comment_for_each_option(name, capsys):
 
 
 def test_a_method_that_borrows_from_another_is_found_from_any_folder(tmp_path):
-    script = Path(__file__).resolve().parent.parent / 'train.py'
-    found = subprocess.run([sys.executable, str(script), '--method=clip_fsar', '--help'], cwd=tmp_path, text=True,
+    found = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--method=clip_fsar', '--help'], cwd=tmp_path, text=True,
                            capture_output=True, env={**os.environ, 'PYTHONPATH': ''})
     assert found.returncode == 0 and '--beta=0.9' in found.stdout, found.stderr
 
@@ -431,3 +431,17 @@ def test_clip_fsars_video_text_loss():
     named = method.scale * F.normalize(seen.mean(1), dim=-1) @ clip.texts(CLASSES, ['a photo of {}']).T
     few_shot = F.cross_entropy(method.visual_scores(kept, ways).flatten(0, 1), torch.tensor([0, 1, 0, 1]))
     torch.testing.assert_close(method.loss(kept, ways)[0], few_shot + 1.2 * F.cross_entropy(named, true))
+
+
+# ---- Recipes
+
+@pytest.mark.parametrize('data, hyrsm, clip_fsar', [  # learning rate, episodes on each of 4 GPUs, weight of the second loss
+    ('kinetics', (2.2e-5, 1200, 0.4), (1e-5, 5000, 1.5)), ('hmdb51', (5e-5, 2000, 0.15), (1e-5, 5000, 1.2)),
+    ('ucf101', (5e-5, 2500, 0.15), (2e-6, 3000, 1.5)), ('ssv2_small', (1e-4, 20000, 0.15), (5e-5, 30000, 3.0)),
+    ('ssv2_full', (1e-4, 40000, 0.6), (5e-5, 30000, 3.0))])
+def test_published_recipes(data, hyrsm, clip_fsar):
+    for method, published, weight in (('hyrsm', hyrsm, 'auxiliary'), ('clip_fsar', clip_fsar, 'video_text')):
+        config = load_config([str(ROOT / f'sample_configs/{data}.py'), f'--method={method}'])
+        assert (config['lr'], config['max_iters'] * config['meta_batch'] / 4, config[weight]) == published
+        assert config['shot'] == 1 and config['warmup_iters'] < config['max_iters']
+    assert load_config([str(ROOT / f'sample_configs/{data}.py')])['shot'] == 5  # VBA's stays
