@@ -30,7 +30,6 @@ class Tuples(nn.Module):
 class Method(nn.Module):
     options = dict(
         width=1152,             # of keys and values
-        dropout=0.1,            # on the frame features
     )
     sees = ('image',)
 
@@ -40,7 +39,7 @@ class Method(nn.Module):
         if frames < 3:
             raise ValueError(f'frames={frames}, but it compares triples of frames.')
         self.register_buffer('place', 0.1 * sinusoid(frames, dim), persistent=False)
-        self.dropout = nn.Dropout(config['dropout'])
+        self.dropout = nn.Dropout(0.1)
         self.tuples = nn.ModuleList(Tuples(frames, size, dim, config['width']) for size in (2, 3))
 
     def video(self, image):
