@@ -12,7 +12,7 @@ from model import cosine
 
 
 def align(support, query, lam):
-    """Frames (E, S, T, D) and (E, M, T, D) -> the cost of aligning each support with each query, both ways, (E, S, M)."""
+    """Frames (E, S, T, D), (E, M, T, D) -> costs (E, S, M) of aligning each support with each query, in both directions."""
     pairs = 1 - cosine(support.flatten(1, 2), query.flatten(1, 2))  # (E, S*T, M*T)
     pairs = pairs.unflatten(2, (-1, query.shape[2])).unflatten(1, (-1, support.shape[2]))  # (E, S, T, M, T)
     forth, back = pairs.permute(4, 2, 0, 1, 3), pairs.permute(2, 4, 0, 1, 3)  # (T, T, E, S, M) each
