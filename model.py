@@ -242,6 +242,23 @@ def bring(seen, device):
     return [x.to(device, x.dtype if x.dtype == torch.uint8 else dtype) for x in seen]
 
 
+class Frames(nn.Module):
+    """CLIP's image features of frames: those of the frozen tower, or of a copy of it that trains at a rate of its own, `lr`."""
+
+    def __init__(self, clip, lr):
+        super().__init__()
+        self.sees, self.lr = ('pixels',) if lr else ('image',), lr
+        self.tower = copy.deepcopy(clip.visual).float().requires_grad_() if lr else None
+
+    def forward(self, seen):
+        """What `look` shows of videos -> (V, T, embed_dim)."""
+        return self.tower(self.tower.normalise(seen.flatten(0, 1))).unflatten(0, seen.shape[:2]) if self.tower else seen
+
+    def groups(self, *others):
+        """AdamW's groups: the tower's beside others."""
+        return [*others, dict(params=list(self.parameters()), lr=self.lr)] if self.tower else list(others)
+
+
 class Episode(NamedTuple):
     """Which videos meet: E episodes at a time, each of B videos, S supports and then M queries."""
     labels: torch.Tensor  # (S,) int64, the way 0..N-1 of each support; ways may have unequal numbers

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.otam import align
-from model import cosine, cross_entropy
+from model import Frames, cosine, cross_entropy
 
 
 class Method(nn.Module):
@@ -20,13 +20,15 @@ class Method(nn.Module):
         prompt='a photo of {}',  # what is read of a class's name
         answer='visual',        # 'text': by the name alone, as zero_shot; 'combined': by both
         beta=0.9,               # the text's share in the combined answer
+        finetune=0.0,           # learning rate of a copy of CLIP's image tower that trains too, as published; 0: it is frozen
     )
     choices = dict(merge=('before', 'after'), answer=('visual', 'text', 'combined'))  # with 1 shot merge makes no difference
-    sees = ('image',)
     text = True
 
     def __init__(self, clip, names, config):
         super().__init__()
+        self.frames = Frames(clip, config['finetune'])
+        self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
         if dim % 8:
             raise ValueError(f'CLIP\'s features are {dim} wide, which 8 heads cannot share.')
@@ -43,8 +45,9 @@ class Method(nn.Module):
         x = x + self.attention(self.ln(x))
         return x + self.mlp(x)
 
-    def video(self, image):
+    def video(self, seen):
         """CLIP's image features (V, T, D) -> the same, of which supports are made; and transformed, as queries are."""
+        image = self.frames(seen)
         return image, self.transformer(image)
 
     def scores(self, kept, episode):
@@ -83,8 +86,8 @@ class Method(nn.Module):
 
     def groups(self, lr):
         """Without weight decay on the norm."""
-        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith('ln.')]
-        return [dict(params=others), dict(params=list(self.ln.parameters()), weight_decay=0.0)]
+        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(('ln.', 'frames.'))]
+        return self.frames.groups(dict(params=others), dict(params=list(self.ln.parameters()), weight_decay=0.0))
 
 
 class Attention(nn.Module):

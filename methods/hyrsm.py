@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import cosine, cross_entropy
+from model import Frames, cosine, cross_entropy
 
 
 class Attention(nn.Module):
@@ -32,12 +32,14 @@ class Method(nn.Module):
         auxiliary=0.15,         # weight of the loss that tells single frames' classes among all training classes
         position_a=10.0,        # features are multiplied by sqrt(D / position_a); Kinetics: D, so that they stay
         position_b=1.0,         # factor of the sines and cosines of frames' places; Kinetics: 0.01
+        finetune=0.0,           # learning rate of a copy of CLIP's image tower that trains too, as published; 0: it is frozen
     )
     choices = dict(merge=('before', 'after'))  # with 1 shot it is the same
-    sees = ('image',)
 
     def __init__(self, clip, names, config):
         super().__init__()
+        self.frames = Frames(clip, config['finetune'])
+        self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
         if dim % 8:
             raise ValueError(f'CLIP\'s features are {dim} wide, which 8 heads cannot share.')
@@ -52,9 +54,9 @@ class Method(nn.Module):
         self.fuse = nn.Linear(2 * dim, dim)  # a frame beside its video's token
         self.classify = nn.Linear(dim, len(names))
 
-    def video(self, image):
+    def video(self, seen):
         """CLIP's image features (V, T, D) -> frames related within their video (V, T, D)."""
-        x = self.dropout(image * self.scale + self.place)
+        x = self.dropout(self.frames(seen) * self.scale + self.place)
         return (F.relu(x + self.intra(self.ln_intra(x))),)
 
     def scores(self, kept, episode):
@@ -90,8 +92,8 @@ class Method(nn.Module):
     def groups(self, lr):
         """Without weight decay on the norms."""
         norms = [*self.ln_intra.parameters(), *self.ln_inter.parameters()]
-        others = [p for name, p in self.named_parameters() if not name.startswith('ln_')]
-        return [dict(params=others), dict(params=norms, weight_decay=0.0)]
+        others = [p for name, p in self.named_parameters() if not name.startswith(('ln_', 'frames.'))]
+        return self.frames.groups(dict(params=others), dict(params=norms, weight_decay=0.0))
 
 
 def bi_mhm(distance):

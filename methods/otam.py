@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import cosine
+from model import Frames, cosine
 
 
 def align(support, query, lam):
@@ -45,22 +45,27 @@ def one_way(distance, lam):
 class Method(nn.Module):
     options = dict(
         lam=0.1,                # lambda, how soft the least cost is; CLIP-FSAR takes 0.5
+        finetune=0.0,           # learning rate of a copy of CLIP's image tower that trains too, as published; 0: it is frozen
     )
-    sees = ('image',)
 
     def __init__(self, clip, names, config):
         super().__init__()
+        self.frames = Frames(clip, config['finetune'])
+        self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
         self.lam = config['lam']
         self.layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         nn.init.eye_(self.layer[1].weight)  # training starts from CLIP's own features
         nn.init.zeros_(self.layer[1].bias)
 
-    def video(self, image):
+    def video(self, seen):
         """CLIP's image features (V, T, D) -> the layer's, each of length 1, (V, T, D)."""
-        return (F.normalize(self.layer(image).float(), dim=-1),)
+        return (F.normalize(self.layer(self.frames(seen)).float(), dim=-1),)
 
     def scores(self, kept, episode):
         """Minus the mean cost of aligning a query with each of a class's supports."""
         support, query = episode.split(episode.take(kept[0]))  # (E, S, T, D), (E, M, T, D)
         return -episode.by_class(align(support, query, self.lam)).transpose(1, 2)  # of (E, N, M)
+
+    def groups(self, lr):
+        return self.frames.groups(dict(params=[p for name, p in self.named_parameters() if not name.startswith('frames.')]))

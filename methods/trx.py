@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import Frames
+
 
 class Tuples(nn.Module):
     """All tuples of `size` frames in order, as keys and values: P of them, 28 pairs or 56 triples of 8 frames."""
@@ -30,11 +32,13 @@ class Tuples(nn.Module):
 class Method(nn.Module):
     options = dict(
         width=1152,             # of keys and values
+        finetune=0.0,           # learning rate of a copy of CLIP's image tower that trains too, as published; 0: it is frozen
     )
-    sees = ('image',)
 
     def __init__(self, clip, names, config):
         super().__init__()
+        self.frames = Frames(clip, config['finetune'])
+        self.sees = self.frames.sees
         frames, dim = config['frames'], clip.visual.proj.shape[1]
         if frames < 3:
             raise ValueError(f'frames={frames}, but it compares triples of frames.')
@@ -42,15 +46,18 @@ class Method(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.tuples = nn.ModuleList(Tuples(frames, size, dim, config['width']) for size in (2, 3))
 
-    def video(self, image):
+    def video(self, seen):
         """CLIP's image features (V, T, D) -> keys and values of pairs, keys and values of triples."""
-        x = self.dropout(image + self.place)
+        x = self.dropout(self.frames(seen) + self.place)
         return sum((tuples(x) for tuples in self.tuples), ())
 
     def scores(self, kept, episode):
         """Minus the squared distance of a query's tuples to each class's prototypes of them, the mean of pairs and triples."""
         taken = [episode.take(x) for x in kept]
         return -(distances(*taken[:2], episode) + distances(*taken[2:], episode)) / 2
+
+    def groups(self, lr):
+        return self.frames.groups(dict(params=[p for name, p in self.named_parameters() if not name.startswith('frames.')]))
 
 
 def distances(keys, values, episode):

@@ -24,13 +24,16 @@ T, DIM = 4, 16
 CLASSES = ['a', 'b', 'c', 'd']  # of the training split
 
 
+def small(name):
+    return dict(width=8) if name == 'trx' else {}
+
+
 def built(name, **options):
     """A tiny CLIP and a method beside it, with weights as after some training."""
     torch.manual_seed(0)
     clip = CLIP(32, 16, 64, 2, DIM, vocab_size=514, context_length=24, text_width=64, text_layers=1).requires_grad_(False)
-    small = dict(width=8) if name == 'trx' else {}
     config = load_config([f'--method={name}', '--device=cpu', f'--frames={T}'])
-    method = checkpoint.build(config | small | options, clip, CLASSES)
+    method = checkpoint.build(config | small(name) | options, clip, CLASSES)
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.requires_grad:
@@ -165,6 +168,38 @@ def test_each_dropout_acts_in_training(name, rates):
         assert not torch.equal(scores(method.train(), features(5)), scores(method, features(5)))
         assert torch.equal(scores(method.eval(), features(5)), scores(method, features(5)))
     assert sorted(found) == rates
+
+
+@pytest.mark.parametrize('name', ['otam', 'trx', 'hyrsm', 'clip_fsar'])
+def test_a_tuned_tower(name, tmp_path):
+    """It begins as CLIP's, trains at its own rate, leaves CLIP as it was, and lies in the checkpoint."""
+    frames = torch.randint(256, (12, T, 3, 32, 32), dtype=torch.uint8)
+    clip, frozen = built(name)
+    frozen_scores = scores(frozen, *look(clip.visual, frames, frozen.sees))
+    clip, method = built(name, finetune=1e-3)
+    assert method.sees == ('pixels',)
+    config = load_config([f'--method={name}', f'--frames={T}', '--device=cpu']) | small(name) | dict(finetune=1e-3)
+    fresh = checkpoint.build(config, clip, CLASSES)
+    own = {key: x for key, x in frozen.state_dict().items() if not key.startswith('clip.')}
+    fresh.load_state_dict(own, strict=False)
+    torch.testing.assert_close(scores(fresh.eval(), frames), frozen_scores, rtol=1e-3, atol=1e-4)
+
+    optimizer = train.optimizer_of(dict(method=name, lr=1e-2, weight_decay=0.0), method)
+    before, theirs = clip.visual.proj.clone(), method.frames.tower.proj.clone()
+    loss, _ = Step(method.train())([frames], in_training())
+    loss.backward()
+    assert all(p.grad is not None for p in method.frames.parameters())
+    optimizer.step()
+    assert torch.equal(clip.visual.proj, before)
+    moved = (method.frames.tower.proj - theirs).abs()
+    assert 0.5e-3 < moved.max() < 2e-3  # AdamW's first step is as long as the rate
+    trained = [p for p in method.parameters() if p.requires_grad]
+    assert sorted(id(p) for group in optimizer.param_groups for p in group['params']) == sorted(map(id, trained))
+
+    clip.weights_hash, path = 'x', str(tmp_path / 'best.pt')
+    checkpoint.save(path, method, clip, config)
+    again = checkpoint.rebuild(config, clip, checkpoint.load(path), path)
+    torch.testing.assert_close(scores(again, frames), scores(method.eval(), frames))
 
 
 # ---- proto and matching
