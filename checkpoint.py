@@ -100,8 +100,9 @@ def restore(method, clip, checkpoint, path):
 def configure(argv, own):
     """The command line -> the test's config, and [(path, checkpoint, its own config), ...].
 
-    A checkpoint brings what makes its method. Without a sample config the first one brings all its options but those on the
-    command line. Stops where the command line asks for another method than the checkpoint's.
+    A checkpoint brings what makes its method; those of its options that it calls `answering` the command line may change.
+    Without a sample config the first one brings all its options but those on the command line. Stops where the command line
+    asks for another method than the checkpoint's.
     """
     sample, given = parse(argv)
     listed = given.get('ckpt') or []
@@ -117,6 +118,8 @@ def configure(argv, own):
     found = []
     for path, each in zip(paths, saved):
         theirs = made(each['config'])
+        answering = getattr(find_method(theirs['method'])[0], 'answering', ())
+        theirs |= {key: config[key] for key in answering if key in given}
         changed = [key for key in theirs if key in given and config[key] != theirs[key] and key != 'method']
         if changed:
             sys.exit(f'{path} is of another model: ' + ', '.join(

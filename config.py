@@ -50,6 +50,7 @@ TRAINING = dict(
     weight_decay=0.02,         # AdamW's weight decay
     warmup_iters=0,            # steps over which the rate rises from 0
     decay='constant',          # then: 'constant', or 'cosine' to 0 at max_iters
+    drops={},                  # of the constant rate: {350: 0.1, 525: 0.01} is a tenth of it from step 350, then a hundredth
     grad_clip=1.0,             # largest norm of the gradient; 0: no clipping
     val_episodes=200,          # episodes of a validation, the same each time, 5-way 1-shot
     seed=42,                   # of everything that is random
@@ -92,7 +93,7 @@ TYPES = dict(annotations=(str, list), ckpt=(str, list), query=(str, list), split
              workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
-            'jobs')
+            'jobs', 'lam', 'width')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
                 'seed', 'window')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',

@@ -10,6 +10,7 @@ VBA is one method, and methods/ holds others. A method is an nn.Module with
 
     sees                        what it needs of the frozen CLIP, as `look` takes it
     options, choices            its own options with their defaults, and what those may be, as in config.py
+    answering                   those options that change the answer alone: a test may set them anew
     text, transductive          whether it reads class names; whether queries of an episode may see each other
     takes                       of how many of the kept tensors `scores` takes copies for its episodes, if not of all
     __init__(clip, names, config)          names: the training classes

@@ -34,11 +34,12 @@ from tools import pictures
 
 
 def learning_rate(config, i, lr):
-    """The rate of step i: a linear rise to lr over warmup_iters, then constant or a cosine to 0 at max_iters."""
+    """The rate of step i: a linear rise to lr over warmup_iters, then constant but for drops, or a cosine to 0 at max_iters."""
     if i < config['warmup_iters']:
         return lr * (i + 1) / config['warmup_iters']
     if config['decay'] == 'constant':
-        return lr
+        passed = [step for step in config['drops'] if step <= i]
+        return lr * config['drops'][max(passed)] if passed else lr
     done = (i - config['warmup_iters']) / max(1, config['max_iters'] - config['warmup_iters'])
     return lr * (1 + math.cos(math.pi * done)) / 2
 

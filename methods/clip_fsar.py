@@ -22,6 +22,7 @@ class Method(nn.Module):
         beta=0.9,               # the text's share in the combined answer
         finetune=0.0,           # learning rate of a copy of CLIP's image tower that trains too, as published; 0: it is frozen
     )
+    answering = ('answer', 'beta')
     choices = dict(merge=('before', 'after'), answer=('visual', 'text', 'combined'))  # with 1 shot merge makes no difference
     text = True
 

@@ -5,12 +5,11 @@ config = dict(
     data_root='data/hmdb51',
     max_iters=1000,
     augment='randaug',
-    # as published, 1-shot, there with the backbone trained along and 0.5, 0.1, 0.01 of lr from steps 150, 300, 600
+    # as published for 1-shot, where the backbone trained along at the same rate: --finetune=<lr>
     hyrsm=dict(lr=5e-5, weight_decay=1e-3, max_iters=1000, warmup_iters=150, meta_batch=8, shot=1, queries=7,
-               auxiliary=0.15),
-    # likewise, 0.1, 0.01 of lr from steps 350, 525
+               auxiliary=0.15, drops={150: 0.5, 300: 0.1, 600: 0.01}),
     clip_fsar=dict(lr=1e-5, weight_decay=1e-3, max_iters=1250, warmup_iters=175, meta_batch=16, shot=1, queries=5,
-                   video_text=1.2),
+                   video_text=1.2, drops={350: 0.1, 525: 0.01}),
     norm='imagenet',
     splits=dict(
         train=[

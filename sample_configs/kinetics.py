@@ -7,12 +7,11 @@ config = dict(
     lr=1e-05,
     max_iters=1000,
     vba=dict(temporal_adapter=False),
-    # as published, 1-shot, there with the backbone trained along and 0.5, 0.1, 0.05 of lr from steps 50, 75, 125
+    # as published for 1-shot, where the backbone trained along at the same rate: --finetune=<lr>
     hyrsm=dict(lr=2.2e-5, weight_decay=1e-3, max_iters=300, warmup_iters=25, meta_batch=16, shot=1, queries=7,
-               auxiliary=0.4, position_a=512.0, position_b=0.01),
-    # likewise, 0.1, 0.01 of lr from steps 187, 312
+               auxiliary=0.4, position_a=512.0, position_b=0.01, drops={50: 0.5, 75: 0.1, 125: 0.05}),
     clip_fsar=dict(lr=1e-5, weight_decay=1e-3, max_iters=1250, warmup_iters=62, meta_batch=16, shot=1, queries=5,
-                   video_text=1.5),
+                   video_text=1.5, drops={187: 0.1, 312: 0.01}),
     norm='imagenet',
     splits=dict(
         train=[

@@ -8,12 +8,11 @@ config = dict(
     eval_interval=1000,
     vba=dict(cross_video=False, temp=50.0),
     flip=False,
-    # as published, 1-shot, there with the backbone trained along and 0.1, 0.01 of lr from steps 2250, 3750
+    # as published for 1-shot, where the backbone trained along at the same rate: --finetune=<lr>
     hyrsm=dict(lr=1e-4, weight_decay=1e-3, max_iters=10000, warmup_iters=750, meta_batch=16, shot=1, queries=7,
-               auxiliary=0.6),
-    # likewise, 0.1, 0.01 of lr from steps 2000, 3000
+               auxiliary=0.6, drops={2250: 0.1, 3750: 0.01}),
     clip_fsar=dict(lr=5e-5, weight_decay=1e-3, max_iters=7500, warmup_iters=1000, meta_batch=16, shot=1, queries=5,
-                   video_text=3.0),
+                   video_text=3.0, drops={2000: 0.1, 3000: 0.01}),
     norm='imagenet',
     # in the order of the lists: train8/78687 is of the class with index 8
     splits=dict(

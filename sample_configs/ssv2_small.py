@@ -7,12 +7,11 @@ config = dict(
     max_iters=3000,
     eval_interval=300,
     flip=False,
-    # as published, 1-shot, there with the backbone trained along and 0.1, 0.01 of lr from steps 750, 1500
+    # as published for 1-shot, where the backbone trained along at the same rate: --finetune=<lr>
     hyrsm=dict(lr=1e-4, weight_decay=1e-3, max_iters=5000, warmup_iters=375, meta_batch=16, shot=1, queries=7,
-               auxiliary=0.15),
-    # likewise, 0.1, 0.01 of lr from steps 1000, 1500
+               auxiliary=0.15, drops={750: 0.1, 1500: 0.01}),
     clip_fsar=dict(lr=5e-5, weight_decay=1e-3, max_iters=7500, warmup_iters=500, meta_batch=16, shot=1, queries=5,
-                   video_text=3.0),
+                   video_text=3.0, drops={1000: 0.1, 1500: 0.01}),
     norm='imagenet',
     splits=dict(
         train=[

@@ -7,12 +7,11 @@ config = dict(
     max_iters=2000,
     vba=dict(temporal_adapter=False, cross_video=False),
     augment='randaug',
-    # as published, 1-shot, there with the backbone trained along and 0.5, 0.1 of lr from steps 350, 525
+    # as published for 1-shot, where the backbone trained along at the same rate: --finetune=<lr>
     hyrsm=dict(lr=5e-5, weight_decay=1e-3, max_iters=625, warmup_iters=175, meta_batch=16, shot=1, queries=7,
-               auxiliary=0.15),
-    # likewise, 0.1, 0.01 of lr from steps 300, 450
+               auxiliary=0.15, drops={350: 0.5, 525: 0.1}),
     clip_fsar=dict(lr=2e-6, weight_decay=1e-3, max_iters=750, warmup_iters=150, meta_batch=16, shot=1, queries=5,
-                   video_text=1.5),
+                   video_text=1.5, drops={300: 0.1, 450: 0.01}),
     norm='imagenet',
     splits=dict(
         train=[

@@ -230,6 +230,15 @@ def test_features_dir_spares_a_second_training_the_encoding(world, tmp_path):
     assert randaug.output.count('encoded 24 of 24 train videos') == 2 and 'encoded 0 of 12 val videos' in randaug.output
 
 
+def test_learning_rates_by_hand():
+    config = dict(warmup_iters=2, decay='constant', drops={}, max_iters=10)
+    assert [train.learning_rate(config, i, 1.0) for i in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    config['drops'] = {4: 0.1, 6: 0.01}
+    assert [train.learning_rate(config, i, 2.0) for i in (3, 4, 5, 6, 99)] == [2.0, 0.2, 0.2, 0.02, 0.02]
+    config['decay'] = 'cosine'
+    assert [round(train.learning_rate(config, i, 1.0), 6) for i in (1, 2, 6, 10)] == [1.0, 1.0, 0.5, 0.0]
+
+
 def test_loss_that_is_not_finite_stops(world):
     result = run(train, world, f'--out_dir={world / "nan"}', '--lr=1e30', '--grad_clip=0.0', check=False)
     assert 'The loss is nan at step' in result.error and '.mp4' in result.error
@@ -622,6 +631,18 @@ def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
     result = run(evaluation, world, f'--ckpt={tmp_path / "text.pt"}', check=False)
     assert 'is not a checkpoint' in result.error
     assert 'There is no checkpoint' in run(evaluation, world, f'--ckpt={tmp_path / "none.pt"}', check=False).error
+
+
+def test_options_that_change_the_answer_alone_may_be_others_in_a_test(world, tmp_path):
+    run(train, world, '--method=clip_fsar', f'--out_dir={tmp_path}', '--max_iters=2')
+    rows = {}
+    for answer in ('visual', 'text'):
+        run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', f'--answer={answer}')
+        rows[answer] = json.loads((tmp_path / 'results.json').read_text())[-1]
+    assert rows['visual']['episodes_hash'] == rows['text']['episodes_hash']
+    assert rows['visual']['confusion'] != rows['text']['confusion']
+    refused = run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', '--lam=0.1', check=False)
+    assert 'is of another model: lam=0.5, not 0.1' in refused.error
 
 
 def test_checkpoint_of_the_old_format_is_refused_with_a_sentence(world, trained, tmp_path):
