@@ -281,6 +281,10 @@ class Episode(NamedTuple):
         """(E, B, ...) -> supports (E, S, ...), queries (E, M, ...)."""
         return x[:, :len(self.labels)], x[:, len(self.labels):]
 
+    def truth(self):
+        """Of every video its class among `names`, (E, B) int64; in training alone."""
+        return torch.cat([self.classes[:, self.labels], self.classes.gather(1, self.answers)], 1)
+
     def by_class(self, x):
         """Supports (E, S, ...) -> the mean of each way's (E, N, ...), in float32 whatever autocast does."""
         members = F.one_hot(self.labels, self.classes.shape[1]).float()  # (S, N)

@@ -80,10 +80,9 @@ class Method(nn.Module):
     def loss(self, kept, episode):
         """The cross-entropy of the visual scores, and of every video against the names of all training classes."""
         scores = self.visual_scores(kept, episode)
-        true = torch.cat([episode.classes[:, episode.labels], episode.classes.gather(1, episode.answers)], 1)  # (E, B)
         videos = episode.take(kept[0]).mean(2)  # (E, B, D)
         named = self.scale * cosine(videos, self.clip.texts(episode.names, [self.prompt]))  # (E, B, classes)
-        return cross_entropy(scores, episode.answers) + self.video_text * cross_entropy(named, true), scores
+        return cross_entropy(scores, episode.answers) + self.video_text * cross_entropy(named, episode.truth()), scores
 
     def groups(self, lr):
         """Without weight decay on the norm."""

@@ -84,9 +84,8 @@ class Method(nn.Module):
     def loss(self, kept, episode):
         """The cross-entropy of the scores, and that of each frame's class among all training classes."""
         scores = self.scores(kept, episode)
-        true = torch.cat([episode.classes[:, episode.labels], episode.classes.gather(1, episode.answers)], 1)  # (E, B)
         logits = self.classify(episode.take(kept[0]))  # (E, B, T, classes)
-        frames = cross_entropy(logits.flatten(1, 2), true.repeat_interleave(logits.shape[2], 1))
+        frames = cross_entropy(logits.flatten(1, 2), episode.truth().repeat_interleave(logits.shape[2], 1))
         return cross_entropy(scores, episode.answers) + self.auxiliary * frames, scores
 
     def groups(self, lr):

@@ -97,6 +97,13 @@ def test_live_bytes_by_hand():
     assert (live.now, live.peak) == (5000, 8000) and len(b) == 500
 
 
+def test_methods(table):
+    rows = {row['method']: row for row in table('methods', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1', CLIP,
+                                                '--frames=3', '--rounds=1', '--device=cpu')}
+    assert set(rows) == {'clip_fsar', 'hyrsm', 'matching', 'matrix', 'otam', 'proto', 'trx', 'vba'}  # all that train
+    assert rows['matrix']['parameters'] == 9 and rows['vba']['GB'] > rows['matrix']['GB'] > 0
+
+
 def test_eval(table):
     rows = table('eval', '--videos=50', '--episodes=2', *SMALL)
     assert [row['videos an episode'] for row in rows] == [30, 30, 50, 50]

@@ -5,12 +5,14 @@
     python tools/bench.py train [sample_configs/x.py]   a training step, against one that projects every token, and the floor;
                                                   of a config whose videos are there also with clips from the loader
     python tools/bench.py memory [sample_configs/x.py]  what a training step takes of a GPU, by count, without one
+    python tools/bench.py methods [--meta_batch=1]      a training step of every method, from what the frozen tower showed
     python tools/bench.py eval [--videos=100]           test episodes from kept tokens, against encoding each episode anew
 
 --help prints all options. Weights are random unless --clip= names some: speed is the same. On a CPU OMP_NUM_THREADS says how
 many threads compute.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -35,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -45,7 +47,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import testing  # noqa: E402
 import train as training  # noqa: E402
-from config import DEFAULTS, ROOT, amp, load_config, resolve  # noqa: E402
+from config import DEFAULTS, ROOT, amp, find_method, load_config, methods, resolve  # noqa: E402
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
 from model import Episode, Step, bring, look  # noqa: E402
 from reader import ClipMaker, ClipReader  # noqa: E402
@@ -545,6 +547,32 @@ def memory(config):
          meta_batch=config['meta_batch'])
 
 
+# ---- methods ---------------------------------------------------------------------------------------------------------------
+
+def methods_(config):
+    """A step of every method that trains, with its own default options: from what the frozen tower showed; the whole of it
+    counted in bytes, as in `memory`."""
+    clip, steps, about = checkpoint.load_clip(config), {}, {}
+    visual, device, size = clip.visual.to(config['device']), config['device'], clip.visual.image_size
+    videos = config['meta_batch'] * config['way'] * (config['shot'] + config['queries'])
+    frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
+    for name in methods():
+        each = config | getattr(find_method(name)[0], 'options', {}) | dict(method=name, temporal_adapter=False)
+        try:
+            method = checkpoint.build(each, clip, [str(i) for i in range(64)]).to(device)
+        except SystemExit as error:
+            print(f'no row {name}: {error}')
+            continue
+        if any(p.requires_grad for p in method.parameters()):
+            about[name] = dict(parameters=sum(p.numel() for p in method.parameters() if p.requires_grad), GB='')
+            with contextlib.suppress(DynamicOutputShapeException):  # sizes that depend on labels, as in trx, are not counted
+                about[name]['GB'] = step_bytes(visual, method, each) / 1e9
+            steps[name] = stepper(each, visual, method, itertools.repeat([x.half() for x in look(visual, frames, method.sees)]))
+    rows = rows_of(race(steps, config['rounds']), 'matrix', videos, 'videos')
+    show([row | about[row['method']] for row in rows], config['out'], device=device, dtype=config['dtype'], videos=videos,
+         clip=config['clip'])
+
+
 # ---- eval ------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -580,7 +608,7 @@ def eval_(config):
 
 
 def main():
-    commands = dict(decode=decode, encode=encode, train=train, memory=memory, eval=eval_)
+    commands = dict(decode=decode, encode=encode, train=train, memory=memory, methods=methods_, eval=eval_)
     command, *argv = sys.argv[1:] or ['']
     if command not in commands and '--help' not in sys.argv:
         sys.exit(__doc__)
