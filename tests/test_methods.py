@@ -95,7 +95,29 @@ def test_zero_shot_by_hand():
     torch.testing.assert_close(scores[0] / 100, query @ texts[[2, 0]].T)
 
 
-@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba'])
+def test_vba_frames_by_hand():
+    """A vector a frame, of that frame's tokens and those beside it alone; a sum over pairs of frames, written as loops."""
+    _, method = built('vba_frames', frames=4, levels=2, temp=3.0)
+    assert method.sees == (1, 2) and built('vba_frames', frames=4, levels=2, matching=False)[1].matrix.requires_grad is False
+    seen = [torch.randn(5, 4, 5, 64) for _ in range(2)]
+    other = [torch.cat([torch.randn(5, 1, 5, 64), x[:, 1:]], 1) for x in seen]  # another frame 0
+    with torch.no_grad():
+        method.matrix.copy_(torch.randn(4, 4))
+        (x,), (y,) = method.video(*seen), method.video(*other)
+        torch.testing.assert_close(x[:, 2:], y[:, 2:])
+        assert (x[:, 0] - y[:, 0]).norm(dim=-1).min() > 0.01
+        scores = method.scores((x,), episode(5))
+        unit = F.normalize(x, dim=-1)
+        moved = F.normalize(unit - unit[:3].mean(0), dim=-1)
+        for m, query in enumerate(moved[3:]):
+            alike = torch.stack([sum(method.matrix[a, b] * (query[a] @ support[b]) for a in range(4) for b in range(4))
+                                 for support in moved[:3]])
+            share = (3 * alike).softmax(0)
+            torch.testing.assert_close(scores[0, m].exp(), torch.stack([share[0], (share[1] + share[2]) / 2]), rtol=1e-4,
+                                       atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba', 'vba_frames'])
 def test_nothing_outside_an_episode_has_a_say(name):
     """A query's scores move neither with the other queries nor with a video that no episode holds."""
     _, method = built(name, frames=4, levels=1, cross_video='inductive', temporal_adapter=False)
@@ -108,7 +130,7 @@ def test_nothing_outside_an_episode_has_a_say(name):
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize('name', ['matrix', 'vba', 'readme'])
+@pytest.mark.parametrize('name', ['matrix', 'vba', 'vba_frames', 'readme'])
 def test_methods_compile_in_one_graph(name, tmp_path):
     """As on a GPU; torch.compile looks a method's file up by the name of its module."""
     torch._dynamo.reset()
