@@ -135,8 +135,9 @@ def configure(argv, own):
 
 
 def made(config):
-    """The options of a checkpoint that make its method."""
-    return {key: config[key] for key in ('method', *LOOK, *options_of(config))}
+    """The options of a checkpoint that make its method; one that is newer than the checkpoint has its default."""
+    newer = getattr(find_method(config['method'])[0], 'options', {})
+    return {key: config[key] if key in config else newer[key] for key in ('method', *LOOK, *options_of(config))}
 
 
 def options_of(config):

@@ -58,7 +58,7 @@ def save_episodes(path, videos, lists):
 
 def recipe(config):
     """All options of a training but the seed, as one text."""
-    return json.dumps([config[key] for key in checkpoint.training_options(config) if key != 'seed'])
+    return json.dumps([config.get(key) for key in checkpoint.training_options(config) if key != 'seed'])
 
 
 def together(rows, rights, recipes):

@@ -645,6 +645,15 @@ def test_options_that_change_the_answer_alone_may_be_others_in_a_test(world, tmp
     assert 'is of another model: lam=0.5, not 0.1' in refused.error
 
 
+def test_an_option_newer_than_a_checkpoint_has_its_default(world, trained, tmp_path):
+    saved = torch.load(trained[0] / 'best.pt', weights_only=True)
+    for key in ('cls_token', 'drops'):  # one of VBA's, a common one
+        del saved['config'][key]
+    torch.save(saved, tmp_path / 'best.pt')
+    run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}')
+    assert rows_of(tmp_path) == rows_of(trained[0])
+
+
 def test_checkpoint_of_the_old_format_is_refused_with_a_sentence(world, trained, tmp_path):
     saved = torch.load(trained[0] / 'last.pt', weights_only=True)
     del saved['names'], saved['config']['method']  # as it was: one model, the whole config
