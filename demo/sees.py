@@ -3,7 +3,7 @@
     python demo/sees.py --ckpt=runs/moving_shapes_vba/best.pt     # mistakes within groups, and what linear probes read
     python demo/sees.py --fewer=4 > runs/fewer.py                 # the demo's config with each fourth group to train on
 
-In reading order: kinds (what there is to know of a class), mistakes, probes, fewer, main.
+In reading order: changes, kind (what there is to know of a class), mistakes, gaze, probes, fewer, main.
 """
 
 import json
@@ -64,6 +64,22 @@ def mistakes(path):
             print(f'| {name} | ' + ' | '.join(f'{value:.0f}' for value in values) + ' |')
 
 
+# ---- Where it looks
+
+def gaze(model, seen):
+    """What CLIP shows of videos, each level's (V, T, 1+L, D) -> the share of its attention that each level gives to each frame,
+    (V, levels, T), the mean over heads; each video alone."""
+    q, found = model.query.expand(len(seen[0]), -1), []
+    for level, a in zip(model.levels, model.kept(seen)):
+        tokens = level.tokens(a)  # (V, T*L, D)
+        weights = level.frame_attn.folded_weights(level.ln_frame(q), tokens, level.ln_tokens)  # (V, heads, T*L)
+        found.append(weights.mean(1).unflatten(1, (a.shape[1], -1)).sum(2))
+        q = level.cross_frame(q, tokens)
+        if model.cross_video:
+            q = level.cross_video(q[:, None], None)[:, 0]
+    return torch.stack(found, 1)
+
+
 # ---- Linear probes: fitted on the videos of training motions, tested on those of others
 
 def probe(x, labels, held, held_labels, penalty=300.0):
@@ -82,13 +98,14 @@ def probe(x, labels, held, held_labels, penalty=300.0):
 
 @torch.no_grad()
 def read(config, clip, model, split):
-    """What of each video is probed, {name: (V, D) float64}, and the classes' names of the videos."""
+    """What of each video is probed, {name: (V, D) float64}; where VBA looks (V, levels, T); the videos' classes."""
     def make(seen):
         kept = encoding.videos(config, model, seen[1:])
         alone = Episode(torch.zeros(0, dtype=torch.int64), torch.zeros(len(kept[0]), 1, dtype=torch.int64), [], joint=False)
         answer = model.features([x.float() for x in kept], alone).flatten(1)
         patches = torch.stack([x.mean(2) for x in model.kept([x.float() for x in seen[1:]])], 1)
-        return [seen[0].flatten(1).float(), patches.flatten(1).float(), kept[0].flatten(1), answer]
+        return [seen[0].flatten(1).float(), patches.flatten(1).float(), kept[0].flatten(1), answer,
+                gaze(model, [x.float() for x in seen[1:]])]
 
     reader = ClipReader(config, clip.visual.image_size)
     try:
@@ -96,12 +113,19 @@ def read(config, clip, model, split):
     finally:
         reader.close()
     names = ("CLIP's frame features, in order", 'mean patch of each frame and level, in order', 'Q*_0', 'Q_S, the answer')
-    return {name: x[kept.rows].double() for name, x in zip(names, kept.tensors)}, [split.classes[i] for i in kept.split.labels]
+    *probed, looks = (x[kept.rows].double() for x in kept.tensors)
+    return dict(zip(names, probed)), looks, [split.classes[i] for i in kept.split.labels]
 
 
 def probes(config, clip, model, splits):
-    """Prints what linear probes read off each stage: the net change (mean over the channels) and the kind of corner."""
-    (train, train_names), (test, test_names) = (read(config, clip, model, splits[name]) for name in ('train', 'test'))
+    """Prints where VBA looks on the test's videos, and what linear probes read off each stage: the net change (mean over the
+    channels) and the kind of corner."""
+    train, _, train_names = read(config, clip, model, splits['train'])
+    test, looks, test_names = read(config, clip, model, splits['test'])
+    print('\n| % of the attention | ' + ' | '.join(f'frame {t}' for t in range(looks.shape[2])) + ' |')
+    print('| --- ' * (1 + looks.shape[2]) + '|')
+    for i, shares in enumerate(looks.mean(0)):
+        print(f'| level {i} | ' + ' | '.join(f'{100 * share:.0f}' for share in shares) + ' |')
     print('\n| % right, a linear probe of | net change: less, none, more of a channel | kind of corner |\n| --- | --- | --- |')
     nets, held_nets = (torch.tensor([changes(name).tolist() for name in names]) for names in (train_names, test_names))
     kinds, held_kinds = (torch.tensor([[kind(name)] for name in names]) for names in (train_names, test_names))

@@ -1,16 +1,21 @@
-"""The demo's clips and stills say what they show."""
+"""The demo's clips and stills say what they show; sees.py reads what is there."""
 
+import json
 import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
 DEMO = Path(__file__).resolve().parent.parent / 'demo'
 sys.path.insert(0, str(DEMO))
+import sees  # noqa: E402
 import shapes  # noqa: E402
-from config import read_sample  # noqa: E402
+from clip_loader import CLIP  # noqa: E402
+from config import DEFAULTS, read_sample  # noqa: E402
+from model import VBA  # noqa: E402
 
 
 def decode(path):
@@ -199,3 +204,55 @@ def test_stills_alike_share_words():
 def test_one_still():
     frame, caption = shapes.still(np.random.default_rng(3))
     assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8 and caption.startswith('a ')
+
+
+# ---- sees.py
+
+def test_what_there_is_to_know_of_a_class():
+    assert sees.changes('move left then grow').tolist() == [0, 1, 1, 2, 1]
+    assert [sees.kind(name) for name in shapes.SPLITS['test'][0]] == [0, 1, 2, 3, 4]
+    assert sees.KINDS[sees.kind('back first, then move left and grow')] == 'back first, then both'
+    assert sees.kind('grow and back') == sees.kind('move up by way of move left') == -1
+
+
+def test_probe_reads_what_is_linear_and_nothing_else():
+    x, held = (torch.randn(n, 10, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (400, 300))
+
+    def both(x):
+        return torch.stack([(x[:, 0] > 0).long(), (x[:, 1] > 0).long()], 1)
+
+    def product(x):
+        return (x[:, :1] * x[:, 1:2] > 0).long()
+    assert sees.probe(x, both(x), held, both(held), 1.0) > 90
+    assert 40 < sees.probe(x, product(x), held, product(held), 1.0) < 60
+
+
+@pytest.mark.parametrize('cross_video', ['joint', False])
+def test_gaze_is_a_share_of_each_frame(cross_video):
+    torch.manual_seed(0)
+    config = DEFAULTS | VBA.options | dict(frames=3, levels=2, temporal_adapter=False, cross_video=cross_video)
+    model = VBA(CLIP(32, 16, 64, 2, 16), [], config)
+    seen = [torch.randn(4, 3, 5, 64) for _ in range(2)]
+    shares = sees.gaze(model, seen)
+    assert shares.shape == (4, 2, 3)
+    torch.testing.assert_close(shares.sum(2), torch.ones(4, 2))
+    torch.testing.assert_close(sees.gaze(model, [x[1:2] for x in seen]), shares[1:2])  # each video alone
+
+
+def test_fewer_motions_to_train_on(tmp_path):
+    (tmp_path / 'fewer.py').write_text(sees.fewer(4))
+    config, whole = read_sample(str(tmp_path / 'fewer.py')), read_sample(sees.SAMPLE)
+    assert config['splits']['train'] == whole['splits']['train'][::4] and config['splits']['test'] == whole['splits']['test']
+    assert {key: value for key, value in config.items() if key != 'splits'} == {
+        key: value for key, value in whole.items() if key != 'splits'}
+
+
+def test_mistakes_within_groups_alone(tmp_path, capsys):
+    """Ten classes of two groups: what is right, or of another group, counts for nothing."""
+    classes = sum(shapes.SPLITS['test'][:2], [])
+    confusion = 100 * np.eye(10, dtype=int)
+    confusion[0, 1], confusion[5, 7], confusion[0, 9] = 3, 1, 50
+    rows = [dict(method='vba', shot=1, checkpoint='best.pt', transductive=False, classes=classes, confusion=confusion.tolist())]
+    (tmp_path / 'results.json').write_text(json.dumps(rows))
+    sees.mistakes(tmp_path / 'results.json')
+    assert '| one then the other | 0 | 75 | 25 | 0 | 0 |' in capsys.readouterr().out
