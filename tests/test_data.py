@@ -243,7 +243,8 @@ def test_prepare_makes_missing_data_once(tmp_path):
     script = tmp_path / 'make.py'
     script.write_text('import os, sys\nfor c in "ab": os.makedirs(f"{sys.argv[2]}/{c}/1"), '
                       'open(f"{sys.argv[2]}/{c}/1/1.jpg", "w")\n')
-    config = make_config(tmp_path / 'made', splits=dict(train=['a'], val=['b']), prepare=str(script))
+    config = make_config(tmp_path / 'made', splits=dict(train=['a'], val=['b']), prepare=f'{script} --level=hard --n=1')
+    script.write_text(script.read_text() + 'assert sys.argv[3:] == ["--level=hard", "--n=1"]\n')
     assert len(data.load_splits(config)['train'].videos) == 1 and os.listdir(tmp_path / 'made')
     script.unlink()
     data.load_splits(config)  # does not need the script again
