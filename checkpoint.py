@@ -136,13 +136,13 @@ def configure(argv, own):
 
 def made(config):
     """The options of a checkpoint that make its method; one that is newer than the checkpoint has its default."""
-    newer = getattr(find_method(config['method'])[0], 'options', {})
-    return {key: config[key] if key in config else newer[key] for key in ('method', *LOOK, *options_of(config))}
+    return {key: config[key] for key in ('method', *LOOK)} | {
+        key: config.get(key, default) for key, default in options_of(config).items()}
 
 
 def options_of(config):
-    """The options of its method."""
-    return tuple(getattr(find_method(config['method'])[0], 'options', {}))
+    """The options of its method, with their defaults."""
+    return getattr(find_method(config['method'])[0], 'options', {})
 
 
 def training_options(config):
@@ -162,6 +162,7 @@ def fingerprint(config, clip, method=None):
         for name, value in trainable_state(method).items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         files.append(find_method(config['method'])[1])
+        files += sorted(glob.glob(os.path.join(ROOT, 'methods', '*.py')))  # from which it may borrow
         found |= dict(method=name_of(config['method']), names=method.names, templates=config['templates'],
                       parameters=digest.hexdigest(), **{key: config[key] for key in options_of(config)})
     digest = hashlib.sha256()

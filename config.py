@@ -260,6 +260,8 @@ def checked(key, value, default, choices, folder, source):
         kind = type(default[0]) if isinstance(default, list) else int if key == 'test_ways' else str
         if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
             sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
+    if key == 'drops' and not all(type(step) is int and type(factor) in (int, float) for step, factor in value.items()):
+        sys.exit(f'{source}: {key}={value!r} must be steps and factors, such as {{350: 0.1}}.')
     if key in POSITIVE and value is not None and value <= 0:
         sys.exit(f'{source}: {key}={value!r} must be positive.')
     if key in NOT_NEGATIVE and value is not None and value < 0:

@@ -44,9 +44,16 @@ def load_episodes(path, videos):
         if missing:
             sys.exit(f'The episodes of {path} need {len(missing)} videos that cannot be read here, such as {missing[0]!r}.')
         order = np.array([place[name] for name in saved['videos']])
-        return {(each['way'], each['shot'], each['queries']): order[np.array(each['episodes'])] for each in saved['lists']}
+        lists = {(each['way'], each['shot'], each['queries']): order[np.array(each['episodes'])] for each in saved['lists']}
     except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f'{path} is no file of --episodes_file: {type(error).__name__}: {error}')
+    group = {label: i for i, labels in enumerate(videos.groups) for label in labels}
+    for (way, shot, _), episodes in lists.items():
+        for number, classes in enumerate(testing.ways_of(videos, episodes, way, shot)[1] if group else ()):
+            if len({group[label] for label in classes}) != (way if number % 2 else 1):
+                sys.exit(f'{path} was not drawn by the groups that splits has now: episode {number} is not '
+                         f'{"across groups" if number % 2 else "within one group"}.')
+    return lists
 
 
 def save_episodes(path, videos, lists):

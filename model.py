@@ -243,6 +243,14 @@ def bring(seen, device):
     return [x.to(device, x.dtype if x.dtype == torch.uint8 else dtype) for x in seen]
 
 
+def frame_layer(dim):
+    """A trained layer over frame features (..., dim); it starts as the identity of the normalised features."""
+    layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+    nn.init.eye_(layer[1].weight)
+    nn.init.zeros_(layer[1].bias)
+    return layer
+
+
 class Frames(nn.Module):
     """CLIP's image features of frames: those of the frozen tower, or of a copy of it that trains at a rate of its own, `lr`."""
 
@@ -386,6 +394,19 @@ class Level(nn.Module):
         return h + mlp(ln(h if self.serial else q))
 
 
+def start_small(levels):
+    """Scales down what the branches of new levels add, as in GPT-2.
+
+    Q_0 then outweighs it: cosines start near 1 and the loss near log N. Where videos differ much from the start, by looks and
+    not by class, at Temp 100 the loss is dozens, and the fastest way down is to make all videos the same, from where no
+    gradient leads back.
+    """
+    branches = [module for name, module in levels.named_modules() if name.endswith(('attn.out_proj', 'mlp.c_proj'))]
+    for branch in branches:
+        if branch.weight.requires_grad:
+            branch.weight.data *= len(branches) ** -0.5
+
+
 class VBA(nn.Module):
     """The Video Bypass Aggregator beside a frozen ViT."""
 
@@ -420,13 +441,7 @@ class VBA(nn.Module):
         self.query = nn.Parameter(torch.randn(1, dim))  # Q_0
         self.adapters = nn.ModuleList(TemporalAdapter(dim) for _ in range(levels if config['temporal_adapter'] else 0))
         self.levels = nn.ModuleList(Level(dim, config) for _ in range(levels))
-        branches = [module for name, module in self.levels.named_modules() if name.endswith(('attn.out_proj', 'mlp.c_proj'))]
-        for branch in branches:
-            # As in GPT-2. Q_0 then outweighs what the branches add: cosines start near 1 and the loss near log N. Where videos
-            # differ much from the start, by looks and not by class, at Temp 100 the loss is dozens, and the fastest way
-            # down is to make all videos the same, from where no gradient leads back.
-            if branch.weight.requires_grad:
-                branch.weight.data *= len(branches) ** -0.5
+        start_small(self.levels)
         # copies, frozen: gradients pass through them to the adapters, while the tower may be in half precision
         self.blocks = copy.deepcopy(blocks[before:]).float().requires_grad_(False) if self.adapters else []
 

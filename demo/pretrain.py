@@ -1,6 +1,6 @@
 """Trains the tiny CLIP of the demo on captioned stills of moving shapes (it never sees a motion), or tests it.
 
-    python demo/pretrain.py            # 27 minutes on two cores; stop it and start it again as you like
+    python demo/pretrain.py            # 30 minutes on two cores; stop it and start it again as you like
     python demo/pretrain.py --eval     # zero-shot accuracy of demo/tiny_clip.pt on stills that it has not seen
 
 In reading order: the batches, the training loop, the test.

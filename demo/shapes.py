@@ -9,9 +9,10 @@ captioned stills.
 The actor is the coloured shape with a white nose. Its state is a point in a space of five channels, and a class is a way
 through that space: from a start straight to a corner, then straight to an end. Classes of the same net change, the end less
 the start, are a group, and a group lies whole in one split: within it only what happens in between tells the classes apart.
-The way played backwards is the way of another class of the same split, and the mean state of a clip is drawn around the same
-middle in every class, so no single frame and no bag of frames tells them apart. All else (the shape, its colour, place, speed
-and onset, the ground, another shape's own motion) is drawn anew for every clip, over the same ranges in every class.
+The way played backwards is the way of another class of the same split, which no bag of frames tells from it, and the mean
+state of a clip is drawn around the same middle in every class, so an average of frames tells nothing. All else (the shape, its
+colour, place, speed and onset, the ground, another shape's own motion) is drawn anew for every clip, over the same ranges in
+every class.
 """
 
 import argparse

@@ -4,9 +4,9 @@ Equations and defaults are those of the published code; where the paper differs,
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from methods.hyrsm import Attention
 from methods.otam import align
 from model import Frames, cosine, cross_entropy
 
@@ -31,13 +31,11 @@ class Method(nn.Module):
         self.frames = Frames(clip, config['finetune'])
         self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
-        if dim % 8:
-            raise ValueError(f'CLIP\'s features are {dim} wide, which 8 heads cannot share.')
         self.clip, self.prompt, self.lam = clip, config['prompt'], config['lam']
         self.merge, self.video_text = config['merge'], config['video_text']
         self.answer, self.beta = config['answer'], config['beta']
         self.scale = nn.Parameter(torch.tensor(config['scale']))
-        self.ln, self.attention = nn.LayerNorm(dim), Attention(dim)
+        self.ln, self.attention = nn.LayerNorm(dim), Attention(dim, 0.0, 0.2)
         self.mlp = nn.Sequential(nn.Linear(dim, 2048), nn.GELU(), nn.Dropout(0.05), nn.Linear(2048, dim), nn.Dropout(0.05))
         clip.texts(names or ['a name'], [self.prompt])  # fails here where CLIP cannot read them
 
@@ -88,17 +86,3 @@ class Method(nn.Module):
         """Without weight decay on the norm."""
         others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(('ln.', 'frames.'))]
         return self.frames.groups(dict(params=others), dict(params=list(self.ln.parameters()), weight_decay=0.0))
-
-
-class Attention(nn.Module):
-    """Self-attention (..., tokens, D) of 8 heads, with a bias in the output alone."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(self, x):
-        q, k, v = (part.unflatten(-1, (8, -1)).transpose(-3, -2) for part in self.qkv(x).chunk(3, -1))
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.dropout(self.out(x.transpose(-3, -2).flatten(-2)))

@@ -17,6 +17,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, dropout, dropout_out):
         super().__init__()
+        if dim % 8:
+            raise ValueError(f"CLIP's features are {dim} wide, which 8 heads cannot share.")
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
         self.dropout, self.dropout_out = dropout, nn.Dropout(dropout_out)
 
@@ -41,8 +43,6 @@ class Method(nn.Module):
         self.frames = Frames(clip, config['finetune'])
         self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
-        if dim % 8:
-            raise ValueError(f'CLIP\'s features are {dim} wide, which 8 heads cannot share.')
         self.merge, self.auxiliary = config['merge'], config['auxiliary']
         self.scale = math.sqrt(dim / config['position_a'])
         self.register_buffer('place', config['position_b'] * places(config['frames'], dim), persistent=False)

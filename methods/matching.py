@@ -1,11 +1,9 @@
 """Matching networks (Vinyals et al. 2016), the siamese rule of thesis 3.1.2, on a trained layer over CLIP's frame features."""
 
-import math
-
 import torch.nn.functional as F
 from torch import nn
 
-from model import cosine
+from model import class_scores, cosine, frame_layer
 
 
 class Method(nn.Module):
@@ -18,9 +16,7 @@ class Method(nn.Module):
         super().__init__()
         dim = clip.visual.proj.shape[1]
         self.temp = config['temp']
-        self.layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        nn.init.eye_(self.layer[1].weight)  # training starts from CLIP's own features
-        nn.init.zeros_(self.layer[1].bias)
+        self.layer = frame_layer(dim)
 
     def video(self, image):
         """CLIP's image features (V, T, D) -> the mean of the layer's over the frames, of length 1, (V, D)."""
@@ -30,5 +26,5 @@ class Method(nn.Module):
         """The logarithm of a class's probability: softmax over all supports (3.7), summed over those of the class."""
         support, query = episode.split(episode.take(kept[0]))
         log_share = (self.temp * cosine(query, support)).log_softmax(-1)  # (E, M, S)
-        of_class = F.one_hot(episode.labels, episode.classes.shape[1]).bool()  # (S, N)
-        return log_share.unsqueeze(-1).masked_fill(~of_class, -math.inf).logsumexp(-2)  # (E, M, N)
+        shots = F.one_hot(episode.labels, episode.classes.shape[1]).sum(0)  # (N,)
+        return class_scores(log_share, episode) + shots.log()  # (E, M, N): the sum, not the mean, over a class's supports

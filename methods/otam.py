@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Frames, cosine
+from model import Frames, cosine, frame_layer
 
 
 def align(support, query, lam):
@@ -54,9 +54,7 @@ class Method(nn.Module):
         self.sees = self.frames.sees
         dim = clip.visual.proj.shape[1]
         self.lam = config['lam']
-        self.layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        nn.init.eye_(self.layer[1].weight)  # training starts from CLIP's own features
-        nn.init.zeros_(self.layer[1].bias)
+        self.layer = frame_layer(dim)
 
     def video(self, seen):
         """CLIP's image features (V, T, D) -> the layer's, each of length 1, (V, T, D)."""

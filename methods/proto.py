@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from model import cosine
+from model import cosine, frame_layer
 
 
 class Method(nn.Module):
@@ -16,9 +16,7 @@ class Method(nn.Module):
         super().__init__()
         dim = clip.visual.proj.shape[1]
         self.temp = config['temp']
-        self.layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        nn.init.eye_(self.layer[1].weight)  # training starts from CLIP's own features
-        nn.init.zeros_(self.layer[1].bias)
+        self.layer = frame_layer(dim)
 
     def video(self, image):
         """CLIP's image features (V, T, D) -> the mean of the layer's over the frames, of length 1, (V, D)."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Level, class_scores
+from model import Level, class_scores, start_small
 
 
 class Method(nn.Module):
@@ -29,9 +29,7 @@ class Method(nn.Module):
         form = dict(frames=frames, attn_proj=True, mlp_order='serial', alpha_init='random', cross_video=False)
         self.query = nn.Parameter(torch.randn(frames, dim))  # Q_0 of each frame
         self.levels = nn.ModuleList(Level(dim, form) for _ in range(levels))
-        for level in self.levels:  # small at the start, as in VBA
-            for branch in (level.frame_attn.out_proj, level.frame_mlp.c_proj):
-                branch.weight.data *= (2 * levels) ** -0.5
+        start_small(self.levels)
         self.matrix = nn.Parameter(torch.eye(frames) / frames, requires_grad=config['matching'])  # [query's, support's frame]
 
     def video(self, *seen):

@@ -1,6 +1,7 @@
 """tools/compare.py: what it trains, what it does not train again, and the arithmetic of its tables."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_the_learning_rate_is_chosen_in_validation(monkeypatch, tmp_path, capsys
     assert [command[4] for command in commands] == ['--lr=0.1', '--lr=0.2', '--lr=0.4', '--lr=0.2']
     assert [command[5] for command in commands] == ['--seed=0'] * 3 + ['--seed=1']
     assert '| matrix, lr=0.2 | 1,234 |' in capsys.readouterr().out and (tmp_path / 'table.png').exists()
+
+
+def test_results_older_than_what_they_came_from_are_told(monkeypatch, tmp_path, capsys):
+    compared(monkeypatch, 'matrix', f'--out={tmp_path}')
+    assert not compared(monkeypatch, 'matrix', f'--out={tmp_path}') and 'changed' not in capsys.readouterr().err
+    os.utime(next(tmp_path.glob('matrix*/results.json')), (0, 0))
+    assert not compared(monkeypatch, 'matrix', f'--out={tmp_path}')
+    told = capsys.readouterr()
+    assert 'matrix.py changed: delete it to train it again' in told.out + told.err
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -263,7 +263,7 @@ def test_help_of_a_real_process(tmp_path):
     ('--test_shots=[1,0]', ('test_shots', 'positive')), ('--test_shots=[]', ('test_shots', 'positive')),
     ('--templates=[]', ('templates', 'strings')), ('--query=[1]', ('query', 'strings')),
     ('--seed=-1', ('seed', 'negative')), ('--image_size=-64', ('image_size', 'positive')),
-    ('--temp=0', ('temp', 'positive')), ('--vba=3', ("'vba'",)),
+    ('--drops={1:"a"}', ('drops', 'steps and factors')), ('--temp=0', ('temp', 'positive')), ('--vba=3', ("'vba'",)),
     ('--window=-1', ('window', 'negative')), ('--stride=0', ('stride', 'positive')), ('--top=0', ('top', 'positive')),
 ])
 def test_what_is_wrong_is_named(option, words):

@@ -160,6 +160,21 @@ def test_levels_are_the_same_scene_ever_harder_to_read(tmp_path):
         shapes.clip('move up', 0, 3, 'harder')
 
 
+@pytest.mark.parametrize('key', [key for key in shapes.BOUNDS if key != 'crf'])
+def test_each_bound_of_a_level_acts(monkeypatch, key):
+    """The easy clips, and the same with this one bound as in the hard ones: some clip of eight is another."""
+    before = [shapes.clip('move up', 0, number, 'easy')[0] for number in range(8)]
+    easy, *others, hard = shapes.BOUNDS[key]
+    monkeypatch.setitem(shapes.BOUNDS, key, (hard, *others, hard))
+    if key == 'flow':  # of a texture that can be seen
+        monkeypatch.setitem(shapes.BOUNDS, 'contrast', ((1, 1),) * 3)
+        monkeypatch.setitem(shapes.BOUNDS, 'flow', (easy, *others, hard))
+        before = [shapes.clip('move up', 0, number, 'easy')[0] for number in range(8)]
+        monkeypatch.setitem(shapes.BOUNDS, 'flow', (hard, *others, hard))
+    after = [shapes.clip('move up', 0, number, 'easy')[0] for number in range(8)]
+    assert not all(np.array_equal(a, b) for a, b in zip(before, after))
+
+
 def test_the_config_of_the_demo_names_the_same_groups():
     assert read_sample(str(DEMO.parent / 'sample_configs' / 'moving_shapes.py'))['splits'] == shapes.SPLITS
 

@@ -404,6 +404,38 @@ def test_within_and_across_groups_are_the_halves_of_a_test(world):
     assert all((a // 2 == b // 2) == (i % 2 == 0) for i, (a, b) in enumerate(episodes[:, :2] // 6))
 
 
+@pytest.mark.parametrize('grouped', [True, False])
+def test_training_episodes_keep_to_groups_on_request(world, tmp_path, monkeypatch, grouped):
+    """Of groups of two, 2-way: each second episode is of one group, else of any two classes."""
+    groups = [['move right', 'move left'], ['move up', 'move down']]
+    splits = dict(train=groups, val=['grow', 'shrink'], test=['fade in', 'fade out'])
+    drawn = []
+
+    def draw(split, *sizes, episode=data.episode):
+        found = episode(split, *sizes)
+        if split.name == 'train':
+            drawn.append(tuple(sorted(split.labels[found[:4:2]] // 2)))
+        return found
+
+    monkeypatch.setattr(data, 'episode', draw)
+    run(train, world, f'--splits={splits}', f'--train_groups={grouped}', '--max_iters=30', '--meta_batch=1',
+        f'--out_dir={tmp_path}')
+    numbers = drawn[1:31]  # the first is a trial
+    assert ([len(set(groups)) for groups in numbers] == [1, 2] * 15) == grouped
+
+
+def test_episodes_that_were_not_drawn_by_groups_are_refused(world, tmp_path):
+    names = ['move right', 'move left', 'move up', 'move down']
+    listed, groups = f'--episodes_file={tmp_path / "episodes.json"}', [names[:2], names[2:]]
+    own = ['--test_shots=[1]', f'--out_dir={tmp_path}', listed]
+    run(evaluation, world, f'--splits={dict(test=names)}', *own)
+    refused = run(evaluation, world, f'--splits={dict(test=groups)}', *own, check=False)
+    assert 'was not drawn by the groups that splits has now' in refused.error
+    (tmp_path / 'episodes.json').unlink()
+    for _ in range(2):  # drawn by groups and written, then read
+        run(evaluation, world, f'--splits={dict(test=groups)}', *own)
+
+
 def test_several_ways_from_one_encoding(world):
     run(evaluation, world, '--test_split=train', '--test_ways=[2, 4]', '--test_shots=[1]', f'--out_dir={world / "ways"}')
     assert [row['way'] for row in rows_of(world / 'ways') if row['method'] == 'mean_pool'] == [2, 4]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint  # noqa: E402
-from config import load_config, name_of  # noqa: E402
+from config import find_method, load_config, name_of  # noqa: E402
 from tools import pictures  # noqa: E402
 
 OPTIONS = dict(
@@ -46,7 +46,13 @@ def train_all(sample, rows, seeds, common, config):
         row, seed = job
         name = ' '.join([name_of(rows[row][0].partition('=')[2]), *rows[row][1:], *common])
         out_dir, ended = os.path.join(folder, re.sub(r'[^\w.-]+', '_', name.replace('--', '')) + f'_seed{seed}'), 0
-        if not os.path.exists(os.path.join(out_dir, 'results.json')):
+        results = os.path.join(out_dir, 'results.json')
+        if os.path.exists(results):
+            newer = [path for path in (sample, find_method(rows[row][0].partition('=')[2])[1])
+                     if os.path.getmtime(path) > os.path.getmtime(results)]
+            if newer:
+                tqdm.write(f'{out_dir} was trained before {", ".join(newer)} changed: delete it to train it again.')
+        else:
             os.makedirs(out_dir, exist_ok=True)
             resume = os.path.exists(os.path.join(out_dir, 'last.pt'))
             command = [sys.executable, os.path.join(ROOT, 'train.py'), sample, *rows[row], *common, f'--seed={seed}',
