@@ -12,6 +12,7 @@ VBA is one method, and methods/ holds others. A method is an nn.Module with
     options, choices            its own options with their defaults, and what those may be, as in config.py
     answering                   those options that change the answer alone: a test may set them anew
     text, transductive          whether it reads class names; whether queries of an episode may see each other
+    closed_set                  whether it answers without supports, S = 0: by the classes it trained on or by names
     takes                       of how many of the kept tensors `scores` takes copies for its episodes, if not of all
     __init__(clip, names, config)          names: the training classes
     video(*seen)                what is kept of V videos, each alone: a tuple of (V, ...)
@@ -292,6 +293,10 @@ class Episode(NamedTuple):
     def truth(self):
         """Of every video its class among `names`, (E, B) int64; in training alone."""
         return torch.cat([self.classes[:, self.labels], self.classes.gather(1, self.answers)], 1)
+
+    def of_ways(self, logits):
+        """Logits over all of `names` (E, M, C) -> over the ways (E, M, N)."""
+        return logits.gather(2, self.classes[:, None].expand(-1, logits.shape[1], -1))
 
     def by_class(self, x):
         """Supports (E, S, ...) -> the mean of each way's (E, N, ...), in float32 whatever autocast does."""

@@ -207,11 +207,12 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
                 np.add.at(confusion, (true, np.take_along_axis(classes, found, 1)), 1)
                 rows.append(dict(
                     method=name, checkpoint=each.checkpoint, **about, **accuracies(right, split.groups), transductive=joint,
-                    text=getattr(each.method, 'text', False),
+                    text=getattr(each.method, 'text', False), tuned='pixels' in each.method.sees,
                     parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
                     frames=each.config['frames'],
                     backbone=os.path.basename(each.config['clip']), weights_hash=each.weights_hash,
-                    trained_on=each.trained_on, selection='val' if each.checkpoint else None, seconds=time.time() - began,
+                    trained_on=each.trained_on, train_shot=each.config['shot'] if each.checkpoint else None,
+                    selection='val' if each.checkpoint else None, seconds=time.time() - began,
                     per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))],
                     confusion=confusion.tolist()))
                 rights.append(right)

@@ -16,7 +16,7 @@ SAMPLE = str(Path(__file__).resolve().parent.parent / 'sample_configs' / 'moving
 
 def row(method, shot, accuracy, checkpoint=None, **more):
     return dict(method=method, shot=shot, accuracy=accuracy, ci95=0.5, checkpoint=checkpoint, text=False, transductive=False,
-                parameters=1234 if checkpoint else 0, **more)
+                parameters=1234 if checkpoint else 0, tuned=False, train_shot=5 if checkpoint else None) | more
 
 
 def trained(method, first, second):
@@ -28,10 +28,10 @@ def test_table_and_differences_by_hand():
     found = {'matrix': [trained('matrix', 50.0, 60.0), trained('matrix', 54.0, 60.0)],
              'my_idea --depth=2': [trained('my_idea', 51.0, 70.0), trained('my_idea', 53.0, 72.0)]}
     lines = compare.table(found).splitlines()
-    assert lines[0] == '| | trained numbers | text | transductive | 1-shot | 5-shot |'
-    assert lines[2] == '| mean_pool | 0 |  |  | 20.0 ± 0.5 | 21.0 ± 0.5 |'  # the interval over episodes
-    assert lines[3] == '| matrix | 1,234 |  |  | 52.0 ± 2.8 | 60.0 ± 0.0 |'  # the standard deviation over seeds
-    assert lines[4] == '| my_idea --depth=2 | 1,234 |  |  | 52.0 ± 1.4 | 71.0 ± 1.4 |'
+    assert lines[0] == '| | trained numbers | protocol | 1-shot | 5-shot |'
+    assert lines[2] == '| mean_pool | 0 | frozen | 20.0 ± 0.5 | 21.0 ± 0.5 |'  # the interval over episodes
+    assert lines[3] == '| matrix | 1,234 | frozen, trained 5-shot | 52.0 ± 2.8 | 60.0 ± 0.0 |'  # the deviation over seeds
+    assert lines[4] == '| my_idea --depth=2 | 1,234 | frozen, trained 5-shot | 52.0 ± 1.4 | 71.0 ± 1.4 |'
     # differences 1, -1: mean 0, standard deviation 1.414, divided by sqrt 2 and times 12.71
     assert compare.differences(found).splitlines()[2] == '| my_idea --depth=2 | +0.0 ± 12.7 | +11.0 ± 12.7 |'
 
@@ -40,8 +40,14 @@ def test_columns_of_groups():
     groups = dict(within=10.0, within_ci95=0.2, across=30.0, across_ci95=0.1)
     lines = compare.table({'vba': [[row('mean_pool', 1, 20.0, **groups), row('vba joint', 1, 20.0, 'best.pt', **groups)]]})
     assert lines.splitlines()[0].endswith('| 1-shot, within | 1-shot, across |')
-    assert lines.splitlines()[2:] == ['| mean_pool | 0 |  |  | 10.0 ± 0.2 | 30.0 ± 0.1 |',
-                                      '| vba joint | 1,234 |  |  | 10.0 ± 0.2 | 30.0 ± 0.1 |']
+    assert lines.splitlines()[2:] == ['| mean_pool | 0 | frozen | 10.0 ± 0.2 | 30.0 ± 0.1 |',
+                                      '| vba joint | 1,234 | frozen, trained 5-shot | 10.0 ± 0.2 | 30.0 ± 0.1 |']
+
+
+def test_the_protocol_of_a_row_by_hand():
+    text = row('clip_fsar', 1, 20.0, 'best.pt', text=True, tuned=True, train_shot=1)
+    assert compare.protocol(text) == 'CLIP tuned, text, trained 1-shot'
+    assert compare.protocol(row('vba joint', 1, 20.0, 'best.pt', transductive=True)) == 'frozen, transductive, trained 5-shot'
 
 
 def compared(monkeypatch, *arguments, ended=0):
@@ -71,7 +77,8 @@ def test_every_row_with_every_seed_and_none_twice(monkeypatch, tmp_path, capsys)
     assert '--cross_video=False' in commands[1] and '--cross_video=False' not in commands[0]
     commands = compared(monkeypatch, *rows, '--seeds=2')  # one seed more
     assert ['--seed=1' in command for command in commands] == [True, True]
-    assert '| vba --cross_video=False | 1,234 |  |  | 50.5 ± 0.7 | 50.5 ± 0.7 | 60.0 ± 0.0 |' in capsys.readouterr().out
+    line = '| vba --cross_video=False | 1,234 | frozen, trained 5-shot | 50.5 ± 0.7 | 50.5 ± 0.7 | 60.0 ± 0.0 |'
+    assert line in capsys.readouterr().out
     assert 'seeds 0 to 1' in (tmp_path / 'table.md').read_text()
     assert len({str(command[-2]) for command in commands}) == 2  # a folder each
 
@@ -87,9 +94,10 @@ def test_the_learning_rate_is_chosen_in_validation(monkeypatch, tmp_path, capsys
     """Of three the middle one is best there; the others are not trained with a second seed."""
     best = {True: 0.9, False: 0.5}
     monkeypatch.setattr(compare.checkpoint, 'load', lambda path, trusted: dict(state=dict(best=best['lr_0.2' in path])))
-    commands = compared(monkeypatch, 'matrix', '--lrs=[0.1,0.2,0.4]', '--seeds=2', f'--out={tmp_path}')
-    assert [command[4] for command in commands] == ['--lr=0.1', '--lr=0.2', '--lr=0.4', '--lr=0.2']
-    assert [command[5] for command in commands] == ['--seed=0'] * 3 + ['--seed=1']
+    commands = compared(monkeypatch, 'matrix', 'proto --lr=0.3', '--lrs=[0.1,0.2,0.4]', '--seeds=2', f'--out={tmp_path}')
+    assert [command[4:6] for command in commands] == [
+        *([f'--lr={lr}', '--seed=0'] for lr in (0.1, 0.2, 0.4)), ['--lr=0.2', '--seed=1'], ['--lr=0.3', '--seed=0'],
+        ['--lr=0.3', '--seed=1']]  # who names its rate keeps it
     assert '| matrix, lr=0.2 | 1,234 |' in capsys.readouterr().out and (tmp_path / 'table.png').exists()
 
 

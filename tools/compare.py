@@ -28,7 +28,7 @@ from tools import pictures  # noqa: E402
 OPTIONS = dict(
     seeds=1,                   # trainings of each row: with the seeds 0, 1, ...
     jobs=1,                    # trainings at a time, which share the processor's cores
-    lrs=[0.0],                 # several: tried with seed 0, and each row goes on with its best in validation
+    lrs=[0.0],                 # several: tried with seed 0, and each row without an --lr goes on with its best in validation
     out='',                    # a folder for the runs; '': runs/compare_<dataset>
 )
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % of Student's t with 1, 2, ... degrees of freedom
@@ -73,13 +73,18 @@ def train_all(sample, rows, seeds, common, config):
 
 def best_rates(sample, rows, common, config):
     """The rows with the learning rate of `lrs` that the validation classes, and they alone, find best."""
-    trials = {(row, lr): [*arguments, f'--lr={lr}'] for row, arguments in rows.items() for lr in config['lrs']}
-    reached = {}
+    trials, reached = {}, {}
+    for row, arguments in rows.items():
+        if '--lr=' not in row:
+            trials |= {(row, lr): [*arguments, f'--lr={lr}'] for lr in config['lrs']}
     for trial, (folder,) in train_all(sample, trials, [0], common, config).items():
         saved = checkpoint.load(os.path.join(folder, 'best.pt'), trusted=trials[trial][0].partition('=')[2])
         reached[trial] = saved['state']['best']
     chosen = {}
     for row in rows:
+        if '--lr=' in row:
+            chosen[row] = rows[row]
+            continue
         best = max((trial for trial in trials if trial[0] == row), key=reached.get)
         print(f'{row}: ' + ', '.join(f'lr={lr} {100 * reached[row, lr]:.1f} %' for lr in config['lrs']) + ' in validation')
         chosen[f'{row}, lr={best[1]}'] = trials[best]
@@ -101,11 +106,19 @@ def titles(heads):
     return ' | '.join(f'{shot}-shot' + f', {part}' * (part != 'accuracy') for part, shot in heads)
 
 
+def protocol(row):
+    """What must be the same for two rows to be compared as equals."""
+    parts = ['CLIP tuned' if row['tuned'] else 'frozen', *(key for key in ('text', 'transductive') if row[key])]
+    if row['checkpoint']:
+        parts.append(f'trained {row["train_shot"]}-shot')
+    return ', '.join(parts)
+
+
 def table(found):
     """Markdown: each row's mean and standard deviation over the seeds; of what is not trained, the interval over episodes."""
     first = next(iter(found.values()))[0]
     heads = measures(first)
-    lines = [f'| | trained numbers | text | transductive | {titles(heads)} |', '| --- ' * (4 + len(heads)) + '|']
+    lines = [f'| | trained numbers | protocol | {titles(heads)} |', '| --- ' * (3 + len(heads)) + '|']
     rows = {name: [[row for row in first if row['method'] == name]]
             for name in dict.fromkeys(row['method'] for row in first if not row['checkpoint'])}
     for label, runs in found.items():
@@ -121,8 +134,7 @@ def table(found):
             if len(values) > 1:
                 spread = statistics.stdev(values)
             cells.append(f'{statistics.mean(values):.1f} ± {spread:.1f}')
-        text, transductive = ('yes' if about[key] else '' for key in ('text', 'transductive'))
-        lines.append(f'| {label} | {about["parameters"]:,} | {text} | {transductive} | {" | ".join(cells)} |')
+        lines.append(f'| {label} | {about["parameters"]:,} | {protocol(about)} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
