@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 
 import torch
@@ -39,6 +40,11 @@ def build(config, clip, names):
     wrong = [what for what in method.sees if what not in ('pixels', 'image', *range(depth + 1))]
     if wrong or not method.sees:
         sys.exit(f"method={name}: sees={method.sees!r} may hold 'pixels', 'image' and numbers of blocks, 0 to {depth}.")
+    closed_set, text = getattr(method, 'closed_set', False), getattr(method, 'text', False)
+    if config['closed_set'] and not closed_set:
+        sys.exit(f'method={name} needs supports, and with closed_set=True there are none.')
+    if closed_set and not text and not config['closed_set']:
+        sys.exit(f'method={name} answers with the classes that it was trained on alone: it needs closed_set=True.')
     if any(p.requires_grad for p in clip.parameters()):
         sys.exit(f'method={name} trains parts of the CLIP that all methods share: it must train a copy.')
     method.names = list(names)
@@ -148,7 +154,8 @@ def options_of(config):
 def training_options(config):
     """The options that a resumed run must share with the run it goes on from."""
     most = () if config['decay'] == 'cosine' else ('max_iters',)  # under a constant rate it may go on for longer
-    return [key for key in ('dataset', 'splits', *LOOK, *TRAINING, *options_of(config)) if key not in most]
+    data = ('dataset', 'splits', 'closed_set', 'holdout')
+    return [key for key in (*data, *LOOK, *TRAINING, *options_of(config)) if key not in most]
 
 
 def fingerprint(config, clip, method=None):
@@ -161,8 +168,7 @@ def fingerprint(config, clip, method=None):
         digest = hashlib.sha256()
         for name, value in trainable_state(method).items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
-        files.append(find_method(config['method'])[1])
-        files += sorted(glob.glob(os.path.join(ROOT, 'methods', '*.py')))  # from which it may borrow
+        files += sources(find_method(config['method'])[1])
         found |= dict(method=name_of(config['method']), names=method.names, templates=config['templates'],
                       parameters=digest.hexdigest(), **{key: config[key] for key in options_of(config)})
     digest = hashlib.sha256()
@@ -170,6 +176,13 @@ def fingerprint(config, clip, method=None):
         with open(path, 'rb') as file:
             digest.update(file.read())
     return found | dict(code=digest.hexdigest())
+
+
+def sources(path):
+    """A method's file, and those of methods/ that it imports from."""
+    with open(path, encoding='utf-8') as file:
+        borrowed = re.findall(r'^from methods\.(\w+) import', file.read(), re.M)
+    return [path, *(each for name in borrowed for each in sources(os.path.join(ROOT, 'methods', f'{name}.py')))]
 
 
 # ---- Files

@@ -5,8 +5,9 @@ then a sample config, then --key=value.
     python train.py --help                       every option, with its default
 
 A sample config is a Python file that holds one `config = dict(...)` of plain values. It is read, never executed. A dict in it
-with the name of a method, `vba=dict(temp=50.0)`, holds while that method is chosen. Relative paths in it start at this
-repository, those on the command line at the current folder. The result is a plain dict.
+with the name of a method, `vba=dict(temp=50.0)`, holds while that method is chosen; `base='ucf101.py'` names a sample config
+beside it whose values it takes over. Relative paths in it start at this repository, those on the command line at the current
+folder. The result is a plain dict.
 """
 
 import ast
@@ -21,6 +22,8 @@ DATA = dict(  # which videos, and where they are
     data_root='data',          # the folder that holds the videos
     annotations=None,          # None: one folder per class in data_root; else list or JSON file(s), see README
     splits=None,               # dict(train=[class, ...], val=[...], test=[...]); or lists of groups of classes; or fractions
+    closed_set=False,          # all classes are known: those of splits' train (None: all), and splits are of their videos
+    holdout=dict(val=0.1, test=0.2),  # with closed_set: the shares of a class's videos, where the lists do not say
     prepare=None,              # a script of ours, with its options, that makes the data when data_root does not exist
     fetch='',                  # what to get and where to put it: said when the data is not there
     clip='ViT-B/32',           # CLIP weights: a name or a file
@@ -44,7 +47,8 @@ TRAINING = dict(
     shot=5,                    # K, supports per class in training
     queries=5,                 # queries per class in training
     train_groups=False,        # draw half of the training episodes within groups of classes too, where splits has groups
-    meta_batch=3,              # episodes a step, shared out where torchrun starts several processes
+    per_class=0,               # with closed_set: training videos of each class, drawn by the seed; 0: all
+    meta_batch=3,              # episodes a step, with closed_set videos; shared out where torchrun starts several processes
     max_iters=1000,            # steps
     lr=3e-5,                   # AdamW's learning rate
     weight_decay=0.02,         # AdamW's weight decay
@@ -56,12 +60,14 @@ TRAINING = dict(
     seed=42,                   # of everything that is random
 )
 TESTING = dict(
-    test_split='test',         # the split whose classes are tested
+    test_split='test',         # the split that is tested; with closed_set also 'unseen', the classes of splits' test, by name
     test_sampling='middle',    # frame taken from each of the T parts in testing: 'middle', or 'random' (HyRSM, CLIP-FSAR)
     test_ways=None,            # ways to test, for example [5, 10]; None: way
     test_shots=[1, 5],         # shots to test
     test_queries=1,            # queries per class in a test episode
     test_episodes=10000,       # episodes a test
+    views=1,                   # with closed_set: clips of a test video, evenly spaced, whose answers are averaged
+    crops=1,                   # with closed_set: crops along the longer side of each of these
     templates=['a video of {}.'],  # texts about a class name for zero_shot; their features are averaged
 )
 MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does not bring them
@@ -87,15 +93,15 @@ CHOICES = dict(
     test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
     act=(None, 'quick_gelu', 'gelu'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
     device=('auto', 'cuda', 'cpu'), compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'),
-    test_split=('train', 'val', 'test'),
+    test_split=('train', 'val', 'test', 'unseen'),
 )
-TYPES = dict(annotations=(str, list), ckpt=(str, list), query=(str, list), splits=dict, test_ways=list, image_size=int,
+TYPES = dict(annotations=(str, list, dict), ckpt=(str, list), query=(str, list), splits=dict, test_ways=list, image_size=int,
              workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
-            'jobs', 'lam', 'width')
+            'jobs', 'lam', 'width', 'views', 'crops')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window')
+                'seed', 'window', 'per_class')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -173,6 +179,11 @@ def load_config(argv, own=None, saved=None, script=None):
                          + (f'; did you mean {near[0]!r}?' if near else '.'))
             config[key] = checked(key, value, defaults[key], choices, folder, source)
     config['method'] = name
+    alone = [key for key in ('per_class', 'views', 'crops') if not config['closed_set'] and config[key] != DEFAULTS[key]]
+    if config['test_split'] == 'unseen' and not config['closed_set']:
+        alone = ['test_split']
+    if alone:
+        sys.exit(f'{alone[0]}={config[alone[0]]!r} needs closed_set=True.')
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
@@ -225,7 +236,9 @@ def read_sample(path):
         sys.exit(f'Cannot read the config {path}: {error}')
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'config' and is_dict_call(node.value):
-            return {item.arg: plain_value(item.value, path) for item in node.value.keywords}
+            found = {item.arg: plain_value(item.value, path) for item in node.value.keywords}
+            base = found.pop('base', None)
+            return {**read_sample(os.path.join(os.path.dirname(path), base)), **found} if base else found
     sys.exit(f'{path} has no `config = dict(...)`.')
 
 
@@ -260,6 +273,9 @@ def checked(key, value, default, choices, folder, source):
         kind = type(default[0]) if isinstance(default, list) else int if key == 'test_ways' else str
         if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
             sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
+    if key == 'holdout' and not (set(value) == set(default) and all(0 <= share for share in value.values())
+                                 and sum(value.values()) < 1):
+        sys.exit(f'{source}: holdout={value!r} must be shares of the videos, such as {default!r}.')
     if key == 'drops' and not all(type(step) is int and type(factor) in (int, float) for step, factor in value.items()):
         sys.exit(f'{source}: {key}={value!r} must be steps and factors, such as {{350: 0.1}}.')
     if key in POSITIVE and value is not None and value <= 0:
@@ -267,11 +283,19 @@ def checked(key, value, default, choices, folder, source):
     if key in NOT_NEGATIVE and value is not None and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
-        value = ([os.path.join(folder, os.path.expanduser(v)) for v in value] if isinstance(value, list)
-                 else os.path.join(folder, os.path.expanduser(value)))
+        value = below(folder, value)
     elif (key == 'clip' and os.path.isfile(os.path.join(folder, value))) or (key == 'method' and value.endswith('.py')):
         value = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     return value
+
+
+def below(folder, paths):
+    """A path, or a list or dict of paths, each from `folder` on if it is relative."""
+    if isinstance(paths, dict):
+        return {key: below(folder, path) for key, path in paths.items()}
+    if isinstance(paths, list):
+        return [below(folder, path) for path in paths]
+    return os.path.join(folder, os.path.expanduser(paths))
 
 
 def resolve(config):

@@ -5,14 +5,19 @@
 In reading order:
 
     Split, load_splits                 which videos there are, their classes, and which classes train, validate and test
+    closed_set                         splits of videos instead of classes
     read_annotations, finder           lists (tools/lists.py reads them), and the files that they mean
-    episode, fit_episode               the N-way K-shot sampler
+    episode, fit_episode, shuffled     the N-way K-shot sampler, and that of single videos
+    views                              of test videos, several
     verdict_file, read_verdicts        what tools/check.py found
 
 decode.py turns a video into frames, reader.py turns episodes of videos into batches of clips.
 """
 
+import dataclasses
 import difflib
+import functools
+import glob
 import itertools
 import json
 import os
@@ -21,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +36,7 @@ from decode import IMAGES, VIDEOS, Video, stamp
 from tools.lists import read_list
 
 SPLITS = ('train', 'val', 'test')
+UNSEEN = 'unseen'  # beside these in a closed set: the videos of the classes that it leaves out
 
 
 # ---- Which videos there are
@@ -68,11 +75,12 @@ def load_splits(config):
             print(f'Split {name}: {len(listed)} videos listed, {len(listed) - len(there)} missing, {len(there) - len(good)} '
                   f'unreadable, {len(good)} used.', flush=True)
         empty = set(range(len(classes))) - {label for label, _ in good}
-        if empty:
+        if empty and (name == 'train' or not config['closed_set']):
             sys.exit(f'Class {classes[min(empty)]!r} of split {name} has no video: all that are listed are missing in '
                      f'{config["data_root"]} or unreadable.')
         labels = np.array([label for label, _ in good], np.int64)
-        splits[name] = Split(name, classes, [video for _, video in good], labels, groups_of(config, name))
+        splits[name] = Split(name, classes, [video for _, video in good], labels,
+                             [] if config['closed_set'] else groups_of(config, name))
     return splits
 
 
@@ -82,17 +90,60 @@ def list_videos(config):
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
-        rows = [(folder, video.path[len(root) + 1:], video) for folder, video in list_folders(root)]
+        rows = [(folder, video.path[len(root) + 1:], video, None) for folder, video in list_folders(root)]
         names = {}
         if not rows:
             sys.exit(f'{root} holds no videos: expected a folder per class of videos or folders of images.\n{config["fetch"]}')
     else:
         rows, names = read_annotations(config)
-    rows = {(plain(row[0]), row[2] or row[1]): row for row in rows}  # a video once, however many lists name it
-    by_class = {}  # plain name -> [(name, name in the list, Video or None), ...]
+    # a video once, however many lists name it
+    rows = {(plain(row[0]), row[2] or row[1], row[3] if config['closed_set'] else None): row for row in rows}
+    by_class = {}  # plain name -> [(name, name in the list, Video or None, split of videos or None), ...]
     for row in sorted(rows.values(), key=lambda row: row[1]):
         by_class.setdefault(plain(row[0]), []).append(row)
+    if config['closed_set']:
+        return closed_set(config, by_class, names)
     return {split: (*gather(split, classes, by_class, names),) for split, classes in split_classes(config, by_class).items()}
+
+
+def closed_set(config, by_class, names):
+    """-> as list_videos, where all classes of splits' train (None: all there are) train, and each split has videos of each.
+
+    The unseen classes are those of splits' test, with all their videos.
+    """
+    parts = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
+    classes = parts.get('train') or [rows[0][0] for rows in by_class.values()]
+    gather('train', classes, by_class, names)  # stops at a class that has no video
+    told = {row[3] for rows in by_class.values() for row in rows} - {None}
+    found = {split: {} for split in SPLITS}
+    for name in classes:
+        for split, rows in divided(config, by_class[plain(name)], told).items():
+            found[split][plain(name)] = rows
+    splits = {split: gather(split, classes, found[split], names) for split in SPLITS}
+    return splits | {UNSEEN: gather(UNSEEN, parts.get('test', []), by_class, names)}
+
+
+def divided(config, rows, told):
+    """The rows of one class, of the splits that lists tell or of none -> dict(train=rows, val=rows, test=rows).
+
+    told: the splits that lists tell of; for another `holdout` says which share of the training videos is held out. The names of
+    the files say which ones, so that trainings with other seeds are tested on the same videos.
+    """
+    parts = {split: [row for row in rows if row[3] == split] for split in SPLITS}
+    if not told:
+        parts['train'] = rows
+    listed = [row[2] or row[1] for part in parts.values() for row in part]
+    if len(set(listed)) < len(listed):
+        sys.exit(f'annotations: {max(listed, key=listed.count)} stands in two splits; name the lists of one split alone.')
+    train = sorted(parts['train'], key=lambda row: zlib.crc32(os.path.basename(row[1]).encode(errors='surrogateescape')))
+    for split, share in config['holdout'].items():
+        if split not in told:
+            count = round(share * len(parts['train']))
+            parts[split], train = train[:count], train[count:]
+    if config['per_class']:
+        rng = np.random.default_rng([config['seed'], zlib.crc32(plain(rows[0][0]).encode())])
+        train = [train[i] for i in rng.permutation(len(train))[:config['per_class']]]
+    return parts | dict(train=sorted(train, key=lambda row: row[1]))
 
 
 def gather(split, classes, by_class, names):
@@ -103,7 +154,7 @@ def gather(split, classes, by_class, names):
             near = [by_class[key][0][0] for key in difflib.get_close_matches(plain(name), by_class, 3, 0.5)]
             sys.exit(f'Class {name!r} of split {split} has no video; ' + (f'near names: {", ".join(map(repr, near))}.' if near
                      else f'the data has {len(by_class)} classes, such as {next(iter(by_class.values()))[0][0]!r}.'))
-        listed += [(label, *row[1:]) for row in by_class[plain(name)]]
+        listed += [(label, *row[1:3]) for row in by_class[plain(name)]]
     return [f'{name} {names[name]}' if name in names else str(name) for name in classes], listed
 
 
@@ -191,24 +242,29 @@ def groups_of(config, split):
 # ---- From lists to files
 
 def read_annotations(config):
-    """-> rows [(class name or number, name in the list, Video or None), ...] of all lists, and class names {number: name}."""
-    paths = config['annotations'] if isinstance(config['annotations'], list) else [config['annotations']]
-    if not all(map(os.path.exists, paths)):
-        sys.exit(f'There is no {next(path for path in paths if not os.path.exists(path))}.\n{config["fetch"]}')
+    """-> rows [(class name or number, name in the list, Video or None, split of videos or None), ...] of all lists, and class
+    names {number: name}."""
+    lists = config['annotations'] if isinstance(config['annotations'], dict) else {None: config['annotations']}
+    paths = [(of, path) for of, some in lists.items() for path in (some if isinstance(some, list) else [some])]
+    for of, path in paths:
+        if of not in (None, *SPLITS):
+            sys.exit(f'annotations may hold lists of train, val and test, not of {of!r}.')
+        if not glob.glob(path) and not os.path.exists(path):
+            sys.exit(f'There is no {path}.\n{config["fetch"]}')
     listed, names = [], {}
-    for path in paths:
-        files = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else [path]
+    for of, path in paths:
+        files = sorted(glob.glob(os.path.join(path, '*') if os.path.isdir(path) else path)) or [path]
         for file in files:
             kind, rows, some = read_list(file)
             if len(files) < 9:
                 print(f'{file}: {kind}, {len(rows)} videos' if rows else f'{file}: {kind}', flush=True)
-            listed += rows
+            listed += [(*row[:4], of or row[4]) for row in rows]
             names.update(some)
     find = finder(config['data_root'].rstrip('/'))
     splits = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
     wanted = {plain(name) for part in splits.values() for name in part}
     rows, unknown = [], []
-    for label, name, start, end in listed:
+    for label, name, start, end, of in listed:
         if isinstance(label, tuple):
             split, index = label
             if index >= len(splits.get(split, [])):
@@ -222,7 +278,7 @@ def read_annotations(config):
         if label is None:
             unknown.append(name)
         else:
-            rows.append((label, name, path and Video(path, start, end)))
+            rows.append((label, name, path and Video(path, start, end), of))
     if unknown and not rows:
         sys.exit(f'{unknown[0]}: its list gives a number for the class and no list gives names: add one, such as classInd.txt.')
     return rows, names
@@ -288,6 +344,26 @@ def episode(split, way, shot, queries, seed, number):
         classes = [rng.choice(split.groups[i]) for i in rng.choice(len(split.groups), way, replace=False)]
     drawn = np.stack([rng.choice(split.members[c], shot + queries, replace=False) for c in classes])
     return np.concatenate([drawn[:, :shot].ravel(), drawn[:, shot:].ravel()])
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def shuffled(split, seed, number):
+    """Video `number` of an endless stream in which each epoch has each video of the split once -> (1,) int64, an index into
+    split.videos. A function of its arguments alone."""
+    epoch, place = divmod(number, len(split.videos))
+    return permutation(len(split.videos), seed, epoch)[[place]]
+
+
+def views(split, count, crops):
+    """The split with count * crops views of each video, one after the other: `count` clips, whose frames lie at other places of
+    the T parts, each of `crops` crops along the longer side."""
+    ways = [dict(at=(i + 0.5) / count, place=j / (crops - 1) if crops > 1 else 0.5) for i in range(count) for j in range(crops)]
+    seen = [video._replace(**way) for video in split.videos for way in ways]
+    return dataclasses.replace(split, videos=seen, labels=np.repeat(split.labels, len(ways)))
 
 
 def fit_episode(config, split, way, shot, queries):

@@ -20,10 +20,16 @@ IMAGES = ('.jpg', '.jpeg', '.png')
 
 
 class Video(NamedTuple):
-    """A file or a folder of numbered images. The clip is frames start .. end - 1; None: from the first, to the last."""
+    """A file or a folder of numbered images. The clip is frames start .. end - 1; None: from the first, to the last.
+
+    at, place: which view of it a test takes, of several: where in each of its T parts the frame lies, and where along the
+    longer side the crop does.
+    """
     path: str
     start: int | None = None
     end: int | None = None
+    at: float = 0.5
+    place: float = 0.5
 
 
 class UnreadableVideo(Exception):
@@ -32,11 +38,12 @@ class UnreadableVideo(Exception):
 
 def stamp(video):
     """What tells a video from others, and from itself once its file has changed or gone."""
+    part = video[1:3] if (video.at, video.place) == (0.5, 0.5) else video[1:]
     try:
         status = os.stat(video.path)
     except OSError:
-        return video.path, None, None, video.start, video.end
-    return video.path, status.st_size, status.st_mtime_ns, video.start, video.end
+        return video.path, None, None, *part
+    return video.path, status.st_size, status.st_mtime_ns, *part
 
 
 def clip_range(video, n):
@@ -47,14 +54,14 @@ def clip_range(video, n):
     return first, end
 
 
-def sample_indices(n, frames, rng=None):
+def sample_indices(n, frames, rng=None, at=0.5):
     """TSN: n frames in `frames` equal parts, one frame of each -> (frames,) int64, sorted. n < frames repeats indices.
 
-    rng None takes each part's middle, a numpy Generator a random frame of each.
+    rng None takes each part's middle, or what lies `at` this share of it; a numpy Generator a random frame of each.
     """
     edges = np.arange(frames + 1) * n // frames
     low, high = edges[:-1], np.maximum(edges[:-1] + 1, edges[1:])
-    return (low + high) // 2 if rng is None else rng.integers(low, high)
+    return low + ((high - low) * at).astype(np.int64) if rng is None else rng.integers(low, high)
 
 
 def read_frames(path, pick, short_side, notes=None):

@@ -82,8 +82,9 @@ def together(rows, rights, recipes):
         if len(group) < 2:
             continue
         mean = np.mean([right for _, right in group], 0)  # (episodes, M)
+        first = {key: value for key, value in group[0][0].items() if key not in ('top5', 'top5_ci95', 'class_mean')}
         spread = float(np.std([row['accuracy'] for row, _ in group], ddof=1))
-        found.append({**group[0][0], **testing.accuracies(mean, 'within' in group[0][0]), 'spread': spread,
+        found.append({**first, **testing.accuracies(mean, 'within' in group[0][0]), 'spread': spread,
                       'checkpoint': [row['checkpoint'] for row, _ in group], 'seconds': sum(row['seconds'] for row, _ in group),
                       'confusion': np.sum([row['confusion'] for row, _ in group], 0).tolist(), 'per_class': None})
         print(testing.line(found[-1]), flush=True)
@@ -101,7 +102,7 @@ def print_pairs(rows, rights):
         less = testing.accuracies(base.astype(int) - right, 'within' in row)
         groups = ''.join(f', {part} groups {less[part]:+.2f} ± {less[part + "_ci95"]:.2f}' for part in ('within', 'across')
                          if part in less)
-        print(f'{row["way"]}-way {row["shot"]}-shot  {title(other, rows)} - {title(row, rows)}: '
+        print(f'{row["way"]}-way {testing.size_of(row)}  {title(other, rows)} - {title(row, rows)}: '
               f'{less["accuracy"]:+.2f} ± {less["ci95"]:.2f} points{groups} (paired)')
 
 
@@ -116,7 +117,7 @@ def print_mistakes(row, most=5):
     confusion = np.array(row['confusion'], float)
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     np.fill_diagonal(share, 0)
-    print(f'{row["method"]} {row["shot"]}-shot, most often mistaken:')
+    print(f'{row["method"]} {testing.size_of(row)}, most often mistaken:')
     for true, guessed in list(zip(*np.unravel_index(np.argsort(-share, axis=None), share.shape)))[:most]:
         if share[true, guessed]:
             print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
@@ -150,6 +151,8 @@ def encode_all(config, found, split):
 
 def main():
     config, found = checkpoint.configure(sys.argv[1:], OPTIONS)
+    if config['closed_set'] and config['episodes_file']:
+        sys.exit('episodes_file: with closed_set=True there are no episodes; the hash tells the videos.')
     resolve(config)
     ranks.begin(config)
     found = [(path, saved, own | {key: config[key] for key in ('device', 'dtype')}) for path, saved, own in found]
@@ -157,13 +160,12 @@ def main():
         split = data.load_splits(config)[config['test_split']]
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
-    if not given:
+    if not given and not config['closed_set']:
         data.check_test(config, split)
     tested, rows_of_videos = encode_all(config, found, split)
-    readable = subset(split, rows_of_videos)
+    readable = None if config['closed_set'] else subset(split, rows_of_videos)
     lists = load_episodes(listed, readable) if given else None
-    rows, rights, used = testing.evaluate(
-        config, tested, readable, rows_of_videos, len(split.videos) - len(rows_of_videos), lists)
+    rows, rights, used = testing.evaluate(config, tested, split, rows_of_videos, lists)
     if ranks.rank_of()[0] == 0:
         print_pairs(rows, rights)
         rows += together(rows, rights, {path: recipe(saved['config']) for path, saved, _ in found})

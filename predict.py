@@ -3,11 +3,13 @@
     python predict.py --support=my_examples/ --query=new.mp4                              mean-pooled CLIP, nothing trained
     python predict.py --support=my_examples/ --query=clips/ --ckpt=runs/diving48_vba/best.pt --top=3
     python predict.py --support=my_examples/ --query=long.mp4 --window=2.0 --stride=1.0 --csv=timeline.csv
+    python predict.py --query=new.mp4 --ckpt=runs/ucf101_xclip/best.pt --classes="juggle,jump,swim"
 
 my_examples/ holds a folder for each class with one or more clips, which are video files or folders of numbered frames.
 
 In reading order: examples (read_examples, encode_examples, load_examples), queries (find_queries, whole_clips, labelled),
-answers (answer). Queries never see each other (inductive), so a label does not depend on what else is asked.
+answers (answer). Queries never see each other (inductive), so a label does not depend on what else is asked. What was trained
+with closed_set=True needs no examples: it answers with its own classes, or where it reads text with those of --classes.
 """
 
 import csv
@@ -33,6 +35,7 @@ from tools import timeline
 BATCH = 16  # clips encoded at a time
 OPTIONS = dict(
     support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
+    classes='',                # of a checkpoint that was trained with closed_set=True: names, separated by commas; '': its own
     query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
     ckpt=None,                 # a checkpoint
     method='mean_pool',        # without a checkpoint: a method that needs no training
@@ -112,10 +115,30 @@ def save_examples(path, examples):
         sys.exit(f'Cannot write {path}: {error}')
 
 
+def own_classes(config, method):
+    """What answers without examples, in the form of `encode_examples`: the classes named on the command line, or its own."""
+    classes = [name.strip() for name in config['classes'].split(',')] if config['classes'] else method.names
+    if not classes:
+        sys.exit('Nothing was trained, so --classes= must name the classes.')
+    if classes != method.names and not getattr(method, 'text', False):
+        sys.exit(f'method={name_of(config["method"])} reads no names: it answers with the classes that it trained on alone.')
+    return dict(classes=classes, labels=torch.zeros(0, dtype=torch.int64), kept=[])
+
+
+def number_of(examples):
+    """How many examples the classes have, in words."""
+    if not len(examples['labels']):
+        return 'no'
+    counts = examples['labels'].bincount()
+    return f'{counts.min()} to {counts.max()}' if counts.min() < counts.max() else str(counts.max().item())
+
+
 @torch.no_grad()
 def label(config, clip, method, examples, frames):
     """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode."""
-    kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], encode(config, clip, method, frames))]
+    kept = encode(config, clip, method, frames)
+    if len(examples['labels']):
+        kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], kept)]
     index = torch.arange(len(kept[0]), device=config['device'])[None]  # (1, B)
     classes = torch.arange(len(examples['classes']), device=config['device'])[None]  # (1, N)
     labels = examples['labels'].to(config['device'])
@@ -205,7 +228,9 @@ def main():
         sys.exit(f'predict.py takes one checkpoint, not {len(found)}.')
     path, saved, config = found[0] if found else (None, None, config)
     config.update(cache_gb=0.0, cache_dir=None)  # every clip is read once
-    if not config['support'] or not (config['query'] or config['save_support']):
+    if config['closed_set'] and (config['support'] or not config['query']):
+        sys.exit('With closed_set=True predict.py needs --query=<clips>, and takes no --support.')
+    if not config['closed_set'] and (not config['support'] or not (config['query'] or config['save_support'])):
         sys.exit('predict.py needs --support=<a folder with a folder per class> and --query=<clips>.')
     resolve(config)
     clip = checkpoint.load_clip(config)
@@ -220,7 +245,9 @@ def main():
     reader = ClipReader(config, clip.visual.image_size)
     try:
         made = checkpoint.fingerprint(config, clip, method)
-        if os.path.isdir(config['support']):
+        if config['closed_set']:
+            examples = own_classes(config, method)
+        elif os.path.isdir(config['support']):
             examples = encode_examples(config, clip, method, read_examples(config['support']), reader)
         else:
             examples = load_examples(config['support'], made)
@@ -228,10 +255,9 @@ def main():
             save_examples(config['save_support'], dict(examples, made=made))
         if not config['query']:
             return
-        name, classes, counts = name_of(config['method']), examples['classes'], examples['labels'].bincount()
-        several = f'{counts.min()} to ' if counts.min() < counts.max() else ''
+        name, classes = name_of(config['method']), examples['classes']
         if not config['json']:
-            print(f'{name}, {len(classes)} classes, {several}{counts.max()} examples each; scores add up to 1 over the classes',
+            print(f'{name}, {len(classes)} classes, {number_of(examples)} examples each; scores add up to 1 over the classes',
                   flush=True)
         paths = find_queries(config['query'])
         size = clip.visual.image_size

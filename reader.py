@@ -46,7 +46,7 @@ class ClipMaker:
     def clip(self, video, seed):
         """Video, seed (a list of ints for a training clip; None: test frames, centre crop) -> uint8 (T, 3, H, W)."""
         if seed is None:
-            return self.crop(self.frames(video), None)
+            return self.crop(self.frames(video), None, video.place)
         return self.crop(self.frames(video, [*seed, 0]), np.random.default_rng([*seed, 1]))
 
     def frames(self, video, seed=None):
@@ -63,7 +63,7 @@ class ClipMaker:
             if seed is not None:
                 return np.arange(first, end) if end - first <= most else first + sample_indices(end - first, most)
             rng = np.random.default_rng([config['seed'], crc(video)]) if what[0] == 'random' else None
-            return first + sample_indices(end - first, number, rng)
+            return first + sample_indices(end - first, number, rng, video.at)
 
         def draw(n):  # what is drawn of n kept ones
             return np.arange(n) if seed is None else sample_indices(n, number, np.random.default_rng(seed))
@@ -91,16 +91,18 @@ class ClipMaker:
         read_frames(video.path, pick, self.config['resize'], notes)
         return number, '; '.join(notes) or None
 
-    def crop(self, frames, rng):
+    def crop(self, frames, rng, place=0.5):
         """(T, h, w, 3) -> (T, 3, H, W): in training one random crop and one decision to flip for the whole clip.
 
         The crop covers 0.5 to 1 of the area at an aspect of 3/4 to 4/3: gentler than ImageNet's 0.08, near the field's 224/256.
-        Otherwise the centre: image_size of `resize`, as if the short side were `resize`, so that nothing is scaled twice.
+        Otherwise the centre, or another `place` along the longer side: image_size of `resize`, as if the short side were
+        `resize`, so that nothing is scaled twice.
         """
         size, (height, width) = self.image_size, frames.shape[1:3]
         if rng is None or self.config['augment'] == 'none':
             h = w = max(1, round(min(height, width) * min(1, size / self.config['resize'])))
-            top, left = (height - h) // 2, (width - w) // 2
+            top = int((height - h) * (place if height > width else 0.5))
+            left = int((width - w) * (place if width >= height else 0.5))
         else:
             area, aspect = height * width * rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
             h = int(np.clip(round((area / aspect) ** 0.5), 1, height))

@@ -3,7 +3,8 @@
     draw_episodes, hash_of      which episodes
     Tested, untrained, encode   methods, and what they keep of the test's videos
     answers, validate           methods label queries
-    evaluate, line              the table
+    evaluate, line              the table, and
+    evaluate_closed             that of single videos among all classes
 """
 
 import hashlib
@@ -62,7 +63,8 @@ class Tested(NamedTuple):
 def untrained(config, clip, names, more=()):
     """The rows of every table that nothing is trained for; more: methods that are among them if they need no training."""
     found = []
-    for name in dict.fromkeys(('mean_pool', 'concat', *(['zero_shot'] if clip.vocab_size else []), *more)):
+    rows = ([] if config['closed_set'] else ['mean_pool', 'concat']) + (['zero_shot'] if clip.vocab_size else [])
+    for name in dict.fromkeys((*rows, *more)):
         own = config | dict(method=name)
         try:
             method = checkpoint.build(own, clip, names)
@@ -84,7 +86,9 @@ def orders_of(config):
 
 
 def encode(config, clip, tested, split, reader):
-    """Encodes each video of a split once, for all methods that see the same CLIP -> the same with tensors, rows as in Kept."""
+    """Encodes each view of each video of a split once, for all methods that see the same CLIP -> the same with tensors, rows as
+    in Kept."""
+    split = data.views(split, config['views'], config['crops'])
     sees = list(dict.fromkeys(what for each in tested for what in each.method.sees))
     orders, owners = orders_of(config), []
     for each in tested:
@@ -110,8 +114,9 @@ def encode(config, clip, tested, split, reader):
 
 
 @torch.no_grad()
-def answers(config, method, tensors, index, labels, classes, names, joint, note):
-    """Labels every query of every episode -> (count, M) int64, ways 0..N-1.
+def answers(config, method, tensors, index, labels, classes, names, joint, note, best=0):
+    """Labels every query of every episode -> (count, M) int64, ways 0..N-1; with `best`, where queries are views of one video,
+    the `best` ways of highest mean probability, the first one first (count, best).
 
     index (count, B), rows of `tensors`; labels (S,), classes (count, N) and names as in Episode. The episodes go some at a
     time; of several ranks each takes its share.
@@ -121,14 +126,19 @@ def answers(config, method, tensors, index, labels, classes, names, joint, note)
     count, videos = index.shape
     size = 4 * videos * sum(math.prod(x.shape[1:]) for x in tensors[:getattr(method, 'takes', None)])  # bytes of an episode
     batch = int(np.clip(QUERY_BYTES[torch.device(device).type] // size, 1, -(-count // world)))
-    found = torch.zeros(count, videos - len(labels), dtype=torch.int64, device=device)
+    found = torch.zeros(count, best or videos - len(labels), dtype=torch.int64, device=device)
     firsts = range(0, count, batch)[rank::world]
     for first in ranks.progress(firsts, note, len(firsts), unit_scale=batch, unit='episode'):
         part = slice(first, first + batch)
         with amp(config):
             scores = method.scores(tensors, Episode(labels, classes[part], names, joint, index=index[part]))
-        found[part] = scores.argmax(-1)
+        found[part] = scores.float().softmax(-1).mean(1).topk(best).indices if best else scores.argmax(-1)
     return ranks.add_up(found).cpu().numpy()
+
+
+def closed_ways(split, count):
+    """Labels (0,) and classes (count, N) of videos that are labelled among all classes of a split."""
+    return np.zeros(0, np.int64), np.tile(np.arange(len(split.classes)), (count, 1))
 
 
 def ways_of(split, episodes, way, shot):
@@ -157,24 +167,30 @@ def accuracies(right, groups):
 
 
 def validate(config, method, kept, way, episodes):
-    """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept."""
+    """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept; in a closed set of these
+    videos themselves, `episodes` (V, 1)."""
     method.eval()
     tensors = encoding.videos(config, method, kept.tensors)
-    labels, classes = ways_of(kept.split, episodes, way, 1)
+    closed = config['closed_set']
+    labels, classes = closed_ways(kept.split, len(episodes)) if closed else ways_of(kept.split, episodes, way, 1)
     found = answers(config, method, tensors, kept.rows[episodes], labels, classes, kept.split.classes, True, 'validation')
     method.train()
-    return correct(found, way).mean()
+    return (found == kept.split.labels[episodes] if closed else correct(found, way)).mean()
 
 
 # ---- The table
 
-def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
-    """The table: every method on the same episodes of a split's videos, for each of test_ways and test_shots.
+def evaluate(config, tested, split, rows_of_videos, lists=None):
+    """The table: every method on the same episodes of a split's videos, for each of test_ways and test_shots; in a closed set
+    on these videos themselves.
 
-    rows_of_videos (videos,): where in the methods' tensors the videos of the split lie; missing: how many could not be read;
-    lists: {(way, shot, queries): episodes} to use, else they are drawn by the seed. Returns the rows, a list of dicts as
-    results.json holds them; for each row which queries were right, (episodes, M); and the lists.
+    rows_of_videos: which of the split's videos could be read, and lie there in the methods' tensors; lists: {(way, shot,
+    queries): episodes of these} to use, else they are drawn by the seed. Returns the rows, a list of dicts as results.json
+    holds them; for each row which queries were right, (episodes, M); and the lists.
     """
+    if config['closed_set']:
+        return (*evaluate_closed(config, tested, split, rows_of_videos), {})
+    missing, split = len(split.videos) - len(rows_of_videos), encoding.subset(split, rows_of_videos)
     rows, rights, used = [], [], {}
     copies = len(orders_of(config))
     for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
@@ -188,9 +204,8 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
             split, *sizes, config['seed'], config['test_episodes'])
         labels, classes = ways_of(split, episodes, way, shot)
         true = split.labels[episodes[:, way * shot:]]
-        about = dict(dataset=config['dataset'], split=split.name, way=way, shot=shot, queries=queries, episodes=len(episodes),
-                     episodes_hash=hash_of(split, episodes), sampling=config['test_sampling'], seed=config['seed'],
-                     videos=len(split.videos), missing=missing, classes=split.classes)
+        about = dict(way=way, shot=shot, queries=queries, episodes=len(episodes), episodes_hash=hash_of(split, episodes),
+                     missing=missing)
         for each in tested:
             transductive = getattr(each.method, 'transductive', False)
             modes = dict(joint=True, inductive=False) if transductive else {'': False}
@@ -203,26 +218,75 @@ def evaluate(config, tested, split, rows_of_videos, missing, lists=None):
                 found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
                                 f'{name} {shot}-shot')
                 right = correct(found, way)
-                confusion = np.zeros((len(split.classes),) * 2, int)
-                np.add.at(confusion, (true, np.take_along_axis(classes, found, 1)), 1)
-                rows.append(dict(
-                    method=name, checkpoint=each.checkpoint, **about, **accuracies(right, split.groups), transductive=joint,
-                    text=getattr(each.method, 'text', False), tuned='pixels' in each.method.sees,
-                    parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
-                    frames=each.config['frames'],
-                    backbone=os.path.basename(each.config['clip']), weights_hash=each.weights_hash,
-                    trained_on=each.trained_on, train_shot=each.config['shot'] if each.checkpoint else None,
-                    selection='val' if each.checkpoint else None, seconds=time.time() - began,
-                    per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))],
-                    confusion=confusion.tolist()))
+                rows.append(row_of(config, each, name, split, true, np.take_along_axis(classes, found, 1)) | dict(
+                    **about, **accuracies(right, split.groups), transductive=joint, seconds=time.time() - began))
                 rights.append(right)
                 print(line(rows[-1]), flush=True)
     return rows, rights, used
 
 
+def evaluate_closed(config, tested, split, rows_of_views):
+    """The table of a closed set: each video of a split among all its classes, the answers to its views averaged.
+
+    rows_of_views: which views could be read, as data.views lists them. Returns rows and, of each, which videos were right
+    (V, 1), as `evaluate`; top5: whose class is among the five best; class_mean: the mean over classes.
+    """
+    views = config['views'] * config['crops']
+    whole = np.flatnonzero(np.bincount(rows_of_views // views) == views)  # videos all of whose views could be read
+    missing, split = len(split.videos) - len(whole), encoding.subset(split, whole)
+    index = whole[:, None] * views + np.arange(views)  # (V, views)
+    rows, rights, copies = [], [], len(orders_of(config))
+    labels, classes = closed_ways(split, len(index))
+    true, best = split.labels[:, None], min(5, len(split.classes))
+    about = dict(way=len(split.classes), shot=config['per_class'], queries=1, episodes=len(index), views=views,
+                 episodes_hash=hash_of(split, np.arange(len(index))), missing=missing)
+    for each, probe in itertools.product(tested, range(copies)):
+        name = name_of(each.config['method']) + (f', queries {PROBES[probe - 1]}' if probe else '')
+        if not getattr(each.method, 'text', False) and each.method.names != split.classes:
+            print(f'no row {name}: it answers with the classes that it was trained on alone.')
+            continue
+        began = time.time()
+        found = answers(config, each.method, each.tensors, index * copies + probe, labels, classes, split.classes, False,
+                        name, best)
+        row = row_of(config, each, name, split, true, found[:, :1])
+        (accuracy, ci95), (top5, top5_ci95) = interval((found == true)[:, 0]), interval((found == true).any(1))
+        rows.append(row | dict(
+            **about, accuracy=accuracy, ci95=ci95, top5=top5, top5_ci95=top5_ci95, transductive=False,
+            class_mean=float(np.mean([x for x in row['per_class'] if x is not None])), seconds=time.time() - began))
+        rights.append(found[:, :1] == true)
+        print(line(rows[-1]), flush=True)
+    return rows, rights
+
+
+def row_of(config, each, name, split, true, guessed):
+    """What all rows say: of a Tested, and of the classes that its queries have and that it gives them, (count, M) each."""
+    right, confusion = guessed == true, np.zeros((len(split.classes),) * 2, int)
+    np.add.at(confusion, (true, guessed), 1)
+    return dict(
+        method=name, checkpoint=each.checkpoint, dataset=config['dataset'], split=split.name, sampling=config['test_sampling'],
+        seed=config['seed'], videos=len(split.videos), classes=split.classes, text=getattr(each.method, 'text', False),
+        tuned='pixels' in each.method.sees, parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
+        frames=each.config['frames'], backbone=os.path.basename(each.config['clip']), weights_hash=each.weights_hash,
+        trained_on=each.trained_on, train_shot=each.config['shot'] if each.checkpoint else None,
+        selection='val' if each.checkpoint else None, confusion=confusion.tolist(),
+        per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))])
+
+
+def size_of(row):
+    """What a row answers, in words."""
+    if 'views' not in row:
+        return f'{row["shot"]}-shot'
+    return 'unseen classes' if row['split'] == data.UNSEEN else 'closed set'
+
+
 def line(row):
     """One row of the table, for people."""
     runs = f' ({len(row["checkpoint"])} checkpoints, spread {row["spread"]:.2f})' if 'spread' in row else ''
+    if 'views' in row:
+        top5 = f'   top-5 {row["top5"]:6.2f} ± {row["top5_ci95"]:.2f} %, mean over classes {row["class_mean"]:.2f} %'
+        return (f'{row["dataset"]} {row["split"]}  {row["way"]}-way  {row["method"]:15} top-1 {row["accuracy"]:6.2f} ± '
+                f'{row["ci95"]:.2f} %{runs or top5}   {row["episodes"]} videos ({row["episodes_hash"]}), '
+                f'views: {row["views"]}, {row["seconds"]:.1f} s')
     groups = ''
     if 'within' in row:
         groups = ', '.join(f'{part} groups {row[part]:.2f} ± {row[part + "_ci95"]:.2f}' for part in ('within', 'across'))

@@ -48,13 +48,31 @@ def learning_rate(config, i, lr):
 
 def jobs_of(config, split, sizes, step):
     """Endless jobs from step number `step` on: this rank's share of a step's meta_batch episodes of sizes (way, shot, queries),
-    each a pure function of the seed and its number -> (number of the first, indices (E, B) into split.videos)."""
+    or in a closed set of its videos, B = 1, each a pure function of the seed and its number -> (number of the first, indices
+    (E, B) into split.videos)."""
     rank, world = ranks.rank_of()
     share = config['meta_batch'] // world
     while True:
         first = step * config['meta_batch'] + rank * share
-        yield first, np.stack([data.episode(split, *sizes, config['seed'], first + i) for i in range(share)])
+        numbers = range(first, first + share)
+        if config['closed_set']:
+            yield first, np.stack([data.shuffled(split, config['seed'], number) for number in numbers])
+        else:
+            yield first, np.stack([data.episode(split, *sizes, config['seed'], number) for number in numbers])
         step += 1
+
+
+def episode_of(config, split, sizes, indices):
+    """The Episode of videos (E, B) of a split, on the device: their ways and answers."""
+    if config['closed_set']:
+        labels, classes = testing.closed_ways(split, len(indices))
+        answers = split.labels[indices]
+    else:
+        way, shot, queries = sizes
+        labels, classes = testing.ways_of(split, indices, way, shot)
+        answers = np.tile(np.repeat(np.arange(way), queries), (len(indices), 1))
+    labels, classes, answers = (torch.from_numpy(x).to(config['device']) for x in (labels, classes, answers))
+    return Episode(labels, classes, split.classes, answers=answers)
 
 
 def batches_of(config, clip, sees, split, reader, jobs):
@@ -190,6 +208,8 @@ def prepare_folder(config, method):
 def validation_of(config, clip, sees, split, reader):
     """What CLIP shows of the validation's videos (Kept), its episodes (val_episodes, B), indices into these, and their way."""
     kept = encoding.keep_seen(config, clip, split, reader, sees)
+    if config['closed_set']:
+        return kept, np.arange(len(kept.rows))[:, None], len(split.classes)
     sizes = data.fit_episode(config, kept.split, min(config['way'], len(split.classes)), 1, config['test_queries'])
     episodes = testing.draw_episodes(kept.split, *sizes, config['seed'], config['val_episodes'])
     needed, episodes = np.unique(episodes, return_inverse=True)  # the other videos need not be encoded each time
@@ -270,9 +290,11 @@ def main():
     train, val, test = splits['train'], splits['val'], splits['test']
     if not config['train_groups']:
         train = dataclasses.replace(train, groups=[])
-    way, shot, queries = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
-    data.episode(train, way, shot, queries, config['seed'], 0)  # stops here if no such episode can be drawn
-    data.check_test(config, test)
+    sizes = None
+    if not config['closed_set']:
+        sizes = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
+        data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
+        data.check_test(config, test)
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
     checkpoint.freeze(config, clip)
     prepare_folder(config, method)
@@ -298,12 +320,9 @@ def main():
     reader = ClipReader(config, clip.visual.image_size)
     try:
         val_kept, val_episodes, val_way = validation_of(config, clip, method.sees, val, reader)
-        jobs = jobs_of(config, train, (way, shot, queries), state['iter'])
+        jobs = jobs_of(config, train, sizes, state['iter'])
         batches = (batches_kept if config['cache_prefix'] else batches_of)(config, clip, method.sees, train, reader, jobs)
         step = wrapped(config, method)
-        labels = torch.arange(way, device=config['device']).repeat_interleave(shot)
-        answers = torch.arange(way, device=config['device']).repeat_interleave(queries)
-        answers = answers.expand(config['meta_batch'] // world, -1)
         with signals() as stop:
             waited, began, unsettled, stopped = 0.0, time.perf_counter(), [], False
             while state['iter'] < config['max_iters'] and not stopped:
@@ -311,8 +330,7 @@ def main():
                 shown, indices = next(batches)
                 waited += time.perf_counter() - now
                 torch.manual_seed(np.random.default_rng([config['seed'], state['iter'], rank]).integers(2 ** 62))  # for dropout
-                classes = torch.from_numpy(train.labels[indices[:, :way * shot:shot]]).to(config['device'])
-                numbers = gradients(config, step, scaler, shown, Episode(labels, classes, train.classes, answers=answers))
+                numbers = gradients(config, step, scaler, shown, episode_of(config, train, sizes, indices))
                 update(config, method, optimizer, scaler, state['iter'])
                 state['iter'] += 1
                 numbers = torch.cat([numbers, numbers.new_tensor([len(stop)])])
@@ -330,8 +348,9 @@ def main():
                 if validates:
                     now = time.perf_counter()
                     accuracy = testing.validate(config, method, val_kept, val_way, val_episodes)
-                    print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % '
-                          f'({val_way}-way 1-shot, {len(val_episodes)} episodes)', flush=True)
+                    of = f'{val_way} classes, {len(val_episodes)} videos' if config['closed_set'] else (
+                        f'{val_way}-way 1-shot, {len(val_episodes)} episodes')
+                    print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % ({of})', flush=True)
                     if accuracy > state['best']:
                         state['best'] = float(accuracy)
                         save(best)
@@ -351,9 +370,11 @@ def main():
             checkpoint.restore(method, clip, checkpoint.load(best, config['device'], config['method']), best)
             tested = testing.untrained(config, clip, test.classes)
         tested.append(testing.Tested(config, method, clip.weights_hash, best, config['dataset']))
-        tested, rows_of_videos = testing.encode(config, clip, tested, test, reader)
-        rows, _, _ = testing.evaluate(config, tested, encoding.subset(test, rows_of_videos), rows_of_videos,
-                                      len(test.videos) - len(rows_of_videos))
+        rows = []
+        for split in (test, splits[data.UNSEEN]) if config['closed_set'] and getattr(method, 'text', False) else (test,):
+            if split.videos:
+                encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
+                rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:
             pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)

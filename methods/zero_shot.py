@@ -8,7 +8,7 @@ from model import cosine
 
 class Method(nn.Module):
     sees = ('image',)
-    text = True
+    text = closed_set = True
 
     def __init__(self, clip, names, config):
         super().__init__()

@@ -76,6 +76,8 @@ def check(config):
     needs = dict(train=(way, shot, queries), val=(way, 1, config['test_queries']),
                  test=(way, max(config['test_shots']), config['test_queries']))
     stop = None
+    if config['closed_set']:
+        needs = {}
     for split, (way, shot, queries) in needs.items():
         few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
                if len(found) < shot + queries]

@@ -23,6 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint  # noqa: E402
 from config import find_method, load_config, name_of  # noqa: E402
+from testing import size_of  # noqa: E402
 from tools import pictures  # noqa: E402
 
 OPTIONS = dict(
@@ -92,24 +93,25 @@ def best_rates(sample, rows, common, config):
 
 
 def measures(results):
-    """The column heads of results: what a row of results.json holds, and the shot."""
+    """The column heads of results: what a row of results.json holds, and the size of its test."""
     parts = [part for part in ('within', 'across') if part in results[0]] or ['accuracy']
-    return [(part, shot) for shot in dict.fromkeys(row['shot'] for row in results) for part in parts]
+    return [(part, size) for size in dict.fromkeys(map(size_of, results)) for part in parts]
 
 
-def inductive(runs, shot):
-    """Of each seed the row of what was trained, where queries do not see each other."""
-    return [next(row for row in run if row['shot'] == shot and row['checkpoint'] and not row['transductive']) for run in runs]
+def inductive(runs, size):
+    """Of each seed the row of what was trained, where queries do not see each other; [] where there is none of this size."""
+    rows = [row for run in runs for row in run if size_of(row) == size]
+    return [row for row in rows if row['checkpoint'] and not row['transductive']]
 
 
 def titles(heads):
-    return ' | '.join(f'{shot}-shot' + f', {part}' * (part != 'accuracy') for part, shot in heads)
+    return ' | '.join(size + f', {part}' * (part != 'accuracy') for part, size in heads)
 
 
 def protocol(row):
     """What must be the same for two rows to be compared as equals."""
     parts = ['CLIP tuned' if row['tuned'] else 'frozen', *(key for key in ('text', 'transductive') if row[key])]
-    if row['checkpoint']:
+    if row['checkpoint'] and 'views' not in row:
         parts.append(f'trained {row["train_shot"]}-shot')
     return ', '.join(parts)
 
@@ -117,7 +119,7 @@ def protocol(row):
 def table(found):
     """Markdown: each row's mean and standard deviation over the seeds; of what is not trained, the interval over episodes."""
     first = next(iter(found.values()))[0]
-    heads = measures(first)
+    heads = measures(sum((runs[0] for runs in found.values()), []))
     lines = [f'| | trained numbers | protocol | {titles(heads)} |', '| --- ' * (3 + len(heads)) + '|']
     rows = {name: [[row for row in first if row['method'] == name]]
             for name in dict.fromkeys(row['method'] for row in first if not row['checkpoint'])}
@@ -127,9 +129,12 @@ def table(found):
             rows[f'{label} {mode}'.strip()] = [[row for row in run if row['method'] == name] for run in runs]
     for label, runs in rows.items():
         about, cells = runs[0][0], []
-        for part, shot in heads:
-            own = [row for run in runs for row in run if row['shot'] == shot]
+        for part, size in heads:
+            own = [row for run in runs for row in run if size_of(row) == size]
             values = [row[part] for row in own]
+            if not values:  # it cannot answer this
+                cells.append('')
+                continue
             spread = own[0]['ci95' if part == 'accuracy' else f'{part}_ci95']
             if len(values) > 1:
                 spread = statistics.stdev(values)
@@ -146,8 +151,11 @@ def differences(found):
 
     for label, runs in others:
         cells = []
-        for part, shot in heads:
-            less = [row[part] - other[part] for row, other in zip(inductive(runs, shot), inductive(base_runs, shot))]
+        for part, size in heads:
+            less = [row[part] - other[part] for row, other in zip(inductive(runs, size), inductive(base_runs, size))]
+            if not less:
+                cells.append('')
+                continue
             half = STUDENT[min(len(less), 10) - 2] * statistics.stdev(less) / math.sqrt(len(less))
             cells.append(f'{statistics.mean(less):+.1f} ± {half:.1f}')
         lines.append(f'| {label} | {" | ".join(cells)} |')
@@ -156,16 +164,17 @@ def differences(found):
 
 def draw(found, path):
     """Accuracy against trained numbers: each row's mean over the seeds, with its standard deviation."""
-    heads = measures(next(iter(found.values()))[0])
+    heads = measures(sum((runs[0] for runs in found.values()), []))
     figure, axes = pictures.plt.subplots(1, len(heads), figsize=(4 * len(heads), 3.5), squeeze=False)
-    for (part, shot), plot in zip(heads, axes[0]):
-        for label, runs in found.items():
-            own = inductive(runs, shot)
-            values, size = [row[part] for row in own], own[0]['parameters']
+    for (part, size), plot in zip(heads, axes[0]):
+        for label, own in ((label, inductive(runs, size)) for label, runs in found.items()):
+            if not own:
+                continue
+            values, numbers = [row[part] for row in own], own[0]['parameters']
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-            plot.errorbar(size, mean, spread, fmt='o', capsize=3)
-            plot.annotate(label, (size, mean), (4, 4), textcoords='offset points', fontsize=7)
-        plot.set(xscale='log', xlabel='trained numbers', ylabel='%', title=titles([(part, shot)]))
+            plot.errorbar(numbers, mean, spread, fmt='o', capsize=3)
+            plot.annotate(label, (numbers, mean), (4, 4), textcoords='offset points', fontsize=7)
+        plot.set(xscale='log', xlabel='trained numbers', ylabel='%', title=titles([(part, size)]))
     pictures.save(figure, path)
 
 

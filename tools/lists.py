@@ -19,9 +19,10 @@ DIALECTS = [(kind, re.compile(pattern)) for kind, pattern in (
 
 
 def read_list(path):
-    """A list -> what kind it is, rows [(label, path, start, end), ...], and class names {number: name} if it holds these.
+    """A list -> what kind it is, rows [(label, path, start, end, split), ...], class names {number: name} if it holds these.
 
-    A label is a class name, a number (int), or (split, index in that split's list of classes).
+    A label is a class name, a number (int), or (split, index in that split's list of classes); split: of single videos, where
+    the list tells it, else None.
     """
     try:
         with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
@@ -44,9 +45,10 @@ def read_list(path):
             return 'list of class names', [], {int(match['path']): match['label'] for match in matches}
         hmdb = re.fullmatch(r'(.+)_test_split\d+\.txt', os.path.basename(path))  # one file a class; 1 and 2 are train and test
         if hmdb:
-            return 'HMDB51 split', [(hmdb[1], match['path'], None, None) for match in matches], {}
+            of = {'1': 'train', '2': 'test'}
+            return 'HMDB51 split', [(hmdb[1], match['path'], None, None, of.get(match['label'])) for match in matches], {}
         return kind, [((match['split'], int(match['index'])) if 'split' in match else
-                       int(match['label']) if match['label'].isdigit() else match['label'], match['path'], None, None)
+                       int(match['label']) if match['label'].isdigit() else match['label'], match['path'], None, None, None)
                       for match in matches], {}
     wrong = next((line for line in lines if not DIALECTS[-1][1].fullmatch(line)), '')
     sys.exit(f'{path} is in none of the known formats (see README); a line that does not fit: {wrong[:80]!r}.')
@@ -59,8 +61,9 @@ def read_json(items):
     if isinstance(items[0], list):
         return 'Diving48 vocabulary', [], {number: ' '.join(words) for number, words in enumerate(items)}
     if 'vid_name' in items[0]:
-        rows = [(item['label'], item['vid_name'], item['start_frame'], item['end_frame']) for item in items]
+        rows = [(item['label'], item['vid_name'], item['start_frame'], item['end_frame'], None) for item in items]
         return 'Diving48 JSON', rows, {}
     if 'template' not in items[0]:
         raise ValueError('its entries have no label (no "template" or "vid_name")')
-    return 'Something-Something JSON', [(re.sub(r'[\[\]]', '', item['template']), item['id'], None, None) for item in items], {}
+    rows = [(re.sub(r'[\[\]]', '', item['template']), item['id'], None, None, None) for item in items]
+    return 'Something-Something JSON', rows, {}

@@ -9,6 +9,7 @@ matplotlib.use('Agg')  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from checkpoint import whole  # noqa: E402
+from testing import size_of  # noqa: E402
 
 
 def save(figure, path):
@@ -37,6 +38,6 @@ def confusion(row, path):
     image = axes.imshow(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=100, cmap='Blues')
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel='answered', ylabel='true', title=f'{row["method"]}, {row["shot"]}-shot, {row["accuracy"]:.1f} %')
+    axes.set(xlabel='answered', ylabel='true', title=f'{row["method"]}, {size_of(row)}, {row["accuracy"]:.1f} %')
     figure.colorbar(image, label="% of the class's queries", fraction=0.046)
     save(figure, path)
