@@ -563,6 +563,9 @@ def methods_(config):
         except SystemExit as error:
             print(f'no row {name}: {error}')
             continue
+        if 'pixels' in method.sees and device == 'cpu':
+            print(f'no row {name}: it trains a copy of the tower, which takes a GPU.')
+            continue
         if any(p.requires_grad for p in method.parameters()):
             about[name] = dict(parameters=sum(p.numel() for p in method.parameters() if p.requires_grad), GB='')
             with contextlib.suppress(DynamicOutputShapeException):  # sizes that depend on labels, as in trx, are not counted
