@@ -6,7 +6,8 @@
     python train.py sample_configs/diving48.py --resume=True
     torchrun --standalone --nproc_per_node=3 train.py sample_configs/diving48.py
 
-Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test).
+Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test);
+with closed_set=True also train_videos.json.
 """
 
 import contextlib
@@ -301,6 +302,11 @@ def main():
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     print(f'{sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in clip.visual.parameters()) / 1e6:.2f} M frozen ones')
+
+    if config['closed_set'] and rank == 0:  # with per_class a draw, to be told and repeated
+        names, drawn = testing.names_of(train), testing.hash_of(train, np.arange(len(train.videos)))
+        checkpoint.save_json(os.path.join(out_dir, 'train_videos.json'), dict(hash=drawn, videos=names))
+        print(f'{len(names)} training videos of {len(train.classes)} classes ({drawn}), listed in train_videos.json')
 
     optimizer = optimizer_of(config, method)
     scaler = torch.amp.GradScaler(torch.device(config['device']).type, enabled=config['dtype'] == 'float16')

@@ -18,7 +18,7 @@ import train
 from decode import Video
 from reader import ClipMaker
 
-CLOSED = ['--closed_set=True', "--holdout={\'val\': 0.2, \'test\': 0.3}", '--meta_batch=4', '--cache_prefix=1', '--lr=0.1',
+CLOSED = ['--closed_set=True', "--holdout={'val': 0.2, 'test': 0.3}", '--meta_batch=4', '--cache_prefix=1', '--lr=0.1',
           '--max_iters=40', '--eval_interval=20', '--log_interval=20']
 
 
@@ -145,6 +145,8 @@ def closed(world):  # noqa: F811
 def test_a_linear_probe_learns_and_is_tested(world, closed):  # noqa: F811
     out_dir, output = closed
     assert 'validation:' in output and '4 classes, 4 videos' in output
+    listed = json.loads((out_dir / 'train_videos.json').read_text())
+    assert len(listed['videos']) == 12 and f'12 training videos of 4 classes ({listed["hash"]})' in output
     rows = rows_of(out_dir)
     assert [(row['method'], row['split'], row['videos'], row['way']) for row in rows] == [
         ('zero_shot', 'test', 8, 4), ('linear', 'test', 8, 4)]
@@ -180,15 +182,15 @@ def test_unseen_classes_by_their_names(world):  # noqa: F811
 
 def test_a_video_that_cannot_be_read_is_left_out(world, tmp_path):  # noqa: F811
     root = with_empty(world, tmp_path, 'grow/a.mp4', 'grow/b.mp4', 'grow/c.mp4')
-    run(evaluation, world, root, '--closed_set=True', "--holdout={\'val\': 0.0, \'test\': 0.9}", '--views=2', '--method=zero_shot',
-        '--splits=None', f'--out_dir={tmp_path}')
+    run(evaluation, world, root, '--closed_set=True', "--holdout={'val': 0.0, 'test': 0.9}", '--views=2', '--splits=None',
+        '--method=zero_shot', f'--out_dir={tmp_path}')
     (row,) = rows_of(tmp_path)
     assert row['videos'] + row['missing'] == 7 * 5 + 8 and row['missing'] > 0 and row['way'] == 8
 
 
 @pytest.mark.parametrize('options, words', [
     (['--method=vba'], 'needs supports'), (['--method=linear', '--closed_set=False'], 'needs closed_set=True'),
-    (['--method=linear', "--holdout={\'val\': 0.5, \'test\': 0.6}"], 'shares of the videos'),
+    (['--method=linear', "--holdout={'val': 0.5, 'test': 0.6}"], 'shares of the videos'),
     (['--method=linear', "--holdout={'test': 0.6}"], 'shares of the videos'),
     (['--method=matrix', '--closed_set=False', '--per_class=2'], 'per_class=2 needs closed_set=True'),
 ])  # fmt: skip
