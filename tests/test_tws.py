@@ -393,7 +393,7 @@ def test_descriptions(tmp_path):
                           ('a b\n', r"lines must be class<TAB>sentence, not \['a b'\]"),
                           (''.join(f'{name}\t{30 * name}\n' for name in CLASSES), 'Text of 32 tokens, longer than 24')]:
         file.write_text(content)
-        with pytest.raises(SystemExit, match=f'method=tws: .*{said}'):
+        with pytest.raises(SystemExit, match=said):
             built(clip=clip, descriptions=str(file))
     with pytest.raises(SystemExit, match='nowhere.tsv'):
         built(clip=clip, descriptions=str(tmp_path / 'nowhere.tsv'))
