@@ -117,3 +117,13 @@ def test_results_older_than_what_they_came_from_are_told(monkeypatch, tmp_path, 
 def test_mistakes_are_told_before_anything_is_trained(monkeypatch, tmp_path, arguments, words):
     with pytest.raises(SystemExit, match=words):
         compared(monkeypatch, *arguments, f'--out={tmp_path}')
+
+
+def test_a_closed_set_has_columns_of_its_own():
+    def closed(method, checkpoint, split, accuracy):
+        return row(method, 2, accuracy, checkpoint, views=1, split=split)
+
+    by_name = [closed('xclip', 'best.pt', 'test', 30.0), closed('xclip', 'best.pt', 'unseen', 8.0)]
+    lines = compare.table({'linear': [[closed('linear', 'best.pt', 'test', 40.0)]], 'xclip': [by_name]}).splitlines()
+    assert lines[0] == '| | trained numbers | protocol | closed set | unseen classes |'
+    assert lines[2:] == ['| linear | 1,234 | frozen | 40.0 ± 0.5 |  |', '| xclip | 1,234 | frozen | 30.0 ± 0.5 | 8.0 ± 0.5 |']

@@ -167,14 +167,15 @@ def draw(found, path):
     heads = measures(sum((runs[0] for runs in found.values()), []))
     figure, axes = pictures.plt.subplots(1, len(heads), figsize=(4 * len(heads), 3.5), squeeze=False)
     for (part, size), plot in zip(heads, axes[0]):
-        for label, own in ((label, inductive(runs, size)) for label, runs in found.items()):
+        for i, (label, runs) in enumerate(found.items()):
+            own = inductive(runs, size)
             if not own:
                 continue
             values, numbers = [row[part] for row in own], own[0]['parameters']
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-            plot.errorbar(numbers, mean, spread, fmt='o', capsize=3)
-            plot.annotate(label, (numbers, mean), (4, 4), textcoords='offset points', fontsize=7)
-        plot.set(xscale='log', xlabel='trained numbers', ylabel='%', title=titles([(part, size)]))
+            plot.errorbar(numbers, mean, spread, fmt='osD^'[i % 4], color=f'C{i % 10}', capsize=3, label=label)
+        plot.set(xscale='log', xlabel='trained numbers', ylabel='%' if plot is axes[0][0] else '', title=titles([(part, size)]))
+    axes[0][0].legend(bbox_to_anchor=(0, -0.2), loc='upper left', ncols=6, fontsize=8)
     pictures.save(figure, path)
 
 
@@ -198,8 +199,11 @@ def main():
         for folder in folders:
             with open(os.path.join(folder, 'results.json')) as file:
                 found[row].append(json.load(file))
-    text = (f'{config["dataset"]}, {config["max_iters"]} steps, seeds 0 to {config["seeds"] - 1}, '
-            f'{config["test_episodes"]} episodes\n\n{table(found)}\n')
+    size = f'{config["test_episodes"]} episodes'
+    if config['closed_set']:
+        size = f'{config["per_class"] or "all"} training videos a class'
+    text = (f'{config["dataset"]}, {config["max_iters"]} steps, seeds 0 to {config["seeds"] - 1}, {size}\n\n'
+            f'{table(found)}\n')
     if len(rows) > 1 and config['seeds'] > 1:
         text += f'\n{differences(found)}\n'
     print(text)
