@@ -101,7 +101,7 @@ POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'qu
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'per_class')
+                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))

@@ -1,5 +1,5 @@
-"""The demo as a closed set: the 180 training motions, of each 14 clips to train, 2 to validate and 4 to test; and where a method
-reads names, the 50 test motions by their names alone.
+"""The demo as a closed set: the 180 training motions, of each 14 clips to train, 2 to validate and 4 to test; and where a
+method reads names, the 50 test motions by their names alone.
 
     python train.py sample_configs/moving_shapes_closed.py --method=evl
     python train.py sample_configs/moving_shapes_closed.py --method=xclip --per_class=2 --max_iters=150

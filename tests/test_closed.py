@@ -17,6 +17,7 @@ import testing
 import train
 from decode import Video
 from reader import ClipMaker
+from tools import check
 
 CLOSED = ['--closed_set=True', "--holdout={'val': 0.2, 'test': 0.3}", '--meta_batch=4', '--cache_prefix=1', '--lr=0.1',
           '--max_iters=40', '--eval_interval=20', '--log_interval=20']
@@ -218,3 +219,11 @@ def test_predict_answers_with_its_own_classes_or_by_name(world, closed, capsys, 
     assert 'reads no names' in call(f'--ckpt={closed[0] / "best.pt"}', '--classes=a,b')
     assert '--classes= must name the classes' in call(*by_name)
     assert 'takes no --support' in call(f'--ckpt={closed[0] / "best.pt"}', f'--support={world / "clips"}')
+
+
+def test_the_check_counts_each_split(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr('sys.argv', ['data.py', str(world / 'config.py'), '--device=cpu', *CLOSED[:2], f'--out_dir={tmp_path}',
+                                     f'--cache_dir={tmp_path / "cache"}'])
+    check.main()
+    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line}
+    assert [rows[split] for split in (*data.SPLITS, 'unseen')] == [['4', '12'], ['4', '4'], ['4', '8'], ['2', '12']]
