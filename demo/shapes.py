@@ -356,4 +356,8 @@ if __name__ == '__main__':
     parser.add_argument('--per_class', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
-    write_dataset(**vars(parser.parse_args()))
+    parser.add_argument('--groups', type=int, help='the motions of the first groups of each split alone')
+    options = vars(parser.parse_args())
+    count = options.pop('groups')
+    names = [name for groups in SPLITS.values() for group in groups[:count] for name in group]
+    write_dataset(**options, names=names)

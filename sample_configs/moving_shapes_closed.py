@@ -1,13 +1,15 @@
-"""The demo as a closed set: the 180 training motions, of each 14 clips to train, 2 to validate and 4 to test; and where a
-method reads names, the 50 test motions by their names alone.
+"""The demo as a closed set: 20 of its training motions, of each 70 clips to train, 10 to validate and 20 to test; and where a
+method reads names, 20 of its test motions by their names alone.
 
     python train.py sample_configs/moving_shapes_closed.py --method=evl
-    python train.py sample_configs/moving_shapes_closed.py --method=xclip --per_class=2 --max_iters=150
+    python train.py sample_configs/moving_shapes_closed.py --method=xclip --per_class=8
 """
 
 config = dict(
     base='moving_shapes.py',
     dataset='moving_shapes_closed',
+    data_root='data/moving_shapes_closed',
+    prepare='demo/shapes.py --per_class=100 --groups=4',
     closed_set=True,
     holdout=dict(val=0.1, test=0.2),
     method='evl',
@@ -19,4 +21,26 @@ config = dict(
     max_iters=600,
     eval_interval=100,
     grad_clip=0.0,
+    splits=dict(
+        train=[
+            'move right then move up', 'move up then move right', 'move right and move up',
+            'move right and move up, too far and back', 'back first, then move right and move up',
+            'move right then spin clockwise', 'spin clockwise then move right', 'move right and spin clockwise',
+            'move right and spin clockwise, too far and back', 'back first, then move right and spin clockwise',
+            'move right then grow', 'grow then move right', 'move right and grow', 'move right and grow, too far and back',
+            'back first, then move right and grow',
+            'move right then fade in', 'fade in then move right', 'move right and fade in',
+            'move right and fade in, too far and back', 'back first, then move right and fade in',
+        ],
+        test=[
+            'move right then move down', 'move down then move right', 'move right and move down',
+            'move right and move down, too far and back', 'back first, then move right and move down',
+            'move left then move up', 'move up then move left', 'move left and move up',
+            'move left and move up, too far and back', 'back first, then move left and move up',
+            'move left then grow', 'grow then move left', 'move left and grow', 'move left and grow, too far and back',
+            'back first, then move left and grow',
+            'move right then shrink', 'shrink then move right', 'move right and shrink',
+            'move right and shrink, too far and back', 'back first, then move right and shrink',
+        ],
+    ),
 )
