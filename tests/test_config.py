@@ -282,3 +282,13 @@ def test_an_option_of_another_script_is_refused():
     fails(['--sheet=a.png'], "'sheet'", own=predict.OPTIONS)
     with pytest.raises(SystemExit, match="'probe'"):
         checkpoint.configure(['--probe=True'], predict.OPTIONS)
+
+
+def test_a_sample_takes_over_the_values_of_its_base(tmp_path):
+    (tmp_path / 'first.py').write_text('config = dict(lr=0.5, shot=2, vba=dict(temp=50.0))')
+    (tmp_path / 'second.py').write_text("config = dict(base='first.py', shot=3)")
+    config = load_config([str(tmp_path / 'second.py')])
+    assert (config['lr'], config['shot'], config['temp']) == (0.5, 3, 50.0) and 'base' not in config
+    (tmp_path / 'third.py').write_text("config = dict(base='none.py')")
+    with pytest.raises(SystemExit, match='Cannot read the config .*none.py'):
+        load_config([str(tmp_path / 'third.py')])

@@ -175,8 +175,12 @@ def test_each_bound_of_a_level_acts(monkeypatch, key):
     assert not all(np.array_equal(a, b) for a, b in zip(before, after))
 
 
-def test_the_config_of_the_demo_names_the_same_groups():
-    assert read_sample(str(DEMO.parent / 'sample_configs' / 'moving_shapes.py'))['splits'] == shapes.SPLITS
+def test_the_configs_of_the_demo_name_the_same_groups():
+    whole, closed = (read_sample(str(DEMO.parent / 'sample_configs' / name)) for name in
+                     ('moving_shapes.py', 'moving_shapes_closed.py'))
+    assert whole['splits'] == shapes.SPLITS and '--groups=4' in closed['prepare']
+    assert closed['splits'] == {split: sum(shapes.SPLITS[split][:4], []) for split in ('train', 'test')}
+    assert closed['clip'] == whole['clip'] and closed['cache_prefix'] == 2  # taken over
 
 
 def test_writing_resumes(tmp_path):
