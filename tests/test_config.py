@@ -60,8 +60,10 @@ def idea(tmp_path):
 @pytest.mark.parametrize('path', SAMPLES, ids=lambda path: path.stem)
 def test_samples_are_whole(path):
     config = load_config([str(path)])
-    assert set(config) == {*DEFAULTS, *VBA.options} and config['dataset'] == path.stem
-    assert os.path.isabs(config['data_root']) and config['out_dir'] == os.path.join(ROOT, 'runs', path.stem + '_vba')
+    method = config['method']
+    assert set(config) == {*DEFAULTS, *find_method(method)[0].options} and config['dataset'] == path.stem
+    assert (method != 'vba') == config['closed_set']
+    assert os.path.isabs(config['data_root']) and config['out_dir'] == os.path.join(ROOT, 'runs', f'{path.stem}_{method}')
     assert set(load_config([str(path), '--method=mean_pool'])) == set(DEFAULTS)
 
 
