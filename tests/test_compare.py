@@ -123,7 +123,11 @@ def test_a_closed_set_has_columns_of_its_own():
     def closed(method, checkpoint, split, accuracy):
         return row(method, 2, accuracy, checkpoint, views=1, split=split)
 
-    by_name = [closed('xclip', 'best.pt', 'test', 30.0), closed('xclip', 'best.pt', 'unseen', 8.0)]
-    lines = compare.table({'linear': [[closed('linear', 'best.pt', 'test', 40.0)]], 'xclip': [by_name]}).splitlines()
+    untrained = closed('zero_shot', None, 'test', 5.0)
+    by_name = [untrained, closed('xclip', 'best.pt', 'test', 30.0),
+               closed('zero_shot', None, 'unseen', 6.0), closed('xclip', 'best.pt', 'unseen', 8.0)]
+    linear = [untrained, closed('linear', 'best.pt', 'test', 40.0)]
+    lines = compare.table({'linear': [linear], 'xclip': [by_name]}).splitlines()
     assert lines[0] == '| | trained numbers | protocol | closed set | unseen classes |'
-    assert lines[2:] == ['| linear | 1,234 | frozen | 40.0 ± 0.5 |  |', '| xclip | 1,234 | frozen | 30.0 ± 0.5 | 8.0 ± 0.5 |']
+    assert lines[2] == '| zero_shot | 0 | frozen | 5.0 ± 0.5 | 6.0 ± 0.5 |'
+    assert lines[3:] == ['| linear | 1,234 | frozen | 40.0 ± 0.5 |  |', '| xclip | 1,234 | frozen | 30.0 ± 0.5 | 8.0 ± 0.5 |']

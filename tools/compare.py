@@ -118,8 +118,8 @@ def protocol(row):
 
 def table(found):
     """Markdown: each row's mean and standard deviation over the seeds; of what is not trained, the interval over episodes."""
-    first = next(iter(found.values()))[0]
-    heads = measures(sum((runs[0] for runs in found.values()), []))
+    first = max((runs[0] for runs in found.values()), key=len)  # some have tests that others have not
+    heads = measures(first)
     lines = [f'| | trained numbers | protocol | {titles(heads)} |', '| --- ' * (3 + len(heads)) + '|']
     rows = {name: [[row for row in first if row['method'] == name]]
             for name in dict.fromkeys(row['method'] for row in first if not row['checkpoint'])}
@@ -164,7 +164,7 @@ def differences(found):
 
 def draw(found, path):
     """Accuracy against trained numbers: each row's mean over the seeds, with its standard deviation."""
-    heads = measures(sum((runs[0] for runs in found.values()), []))
+    heads = measures(max((runs[0] for runs in found.values()), key=len))
     figure, axes = pictures.plt.subplots(1, len(heads), figsize=(4 * len(heads), 3.5), squeeze=False)
     for (part, size), plot in zip(heads, axes[0]):
         for i, (label, runs) in enumerate(found.items()):
