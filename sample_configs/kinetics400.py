@@ -20,6 +20,6 @@ config = dict(
     xclip=dict(lr=8e-5, finetune=8e-6, weight_decay=1e-3, max_iters=28125, warmup_iters=4688, decay='cosine', views=4, crops=3),
     tws=dict(lr=8e-4, finetune=8e-6, weight_decay=5e-4, max_iters=28125, warmup_iters=4688, decay='cosine', views=4, crops=3),
     eval_interval=1000,
-    fetch='Needs the Kinetics-400 videos in data/kinetics400 and lists of them, "path class" or "path,class" a line, in '
-          'data/kinetics400_lists.',
+    fetch='Needs the Kinetics-400 videos, https://github.com/cvdfoundation/kinetics-dataset, in data/kinetics400 and lists of '
+          'them, "path class" or "path,class" a line, in data/kinetics400_lists.',
 )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # several test processes share the cores
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -83,7 +83,7 @@ def disk(tmp_path):
             for classes, rows in data.list_videos(config).values():
                 for label, _, video in rows:
                     found.setdefault(classes[label], []).append(
-                        video and (os.path.relpath(video.path, config['data_root']), *video[1:]))
+                        video and (os.path.relpath(video.path, config['data_root']), *video[1:3]))
             return found
 
         return read
