@@ -95,8 +95,8 @@ CHOICES = dict(
     device=('auto', 'cuda', 'cpu'), compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'),
     test_split=('train', 'val', 'test', 'unseen'),
 )
-TYPES = dict(annotations=(str, list, dict), ckpt=(str, list), query=(str, list), splits=dict, test_ways=list, image_size=int,
-             workers=int)  # besides None; other options that are None are texts
+TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
+             test_ways=list, image_size=int, workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops')
@@ -180,6 +180,8 @@ def load_config(argv, own=None, saved=None, script=None):
             config[key] = checked(key, value, defaults[key], choices, folder, source)
     config['method'] = name
     alone = [key for key in ('per_class', 'views', 'crops') if not config['closed_set'] and config[key] != DEFAULTS[key]]
+    if config['views'] > 1 and config['test_sampling'] == 'random':
+        sys.exit("views: random frames are one draw a video; several views need test_sampling='middle'.")
     if config['test_split'] == 'unseen' and not config['closed_set']:
         alone = ['test_split']
     if alone:
@@ -238,6 +240,8 @@ def read_sample(path):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'config' and is_dict_call(node.value):
             found = {item.arg: plain_value(item.value, path) for item in node.value.keywords}
             base = found.pop('base', None)
+            if base and (not isinstance(base, str) or base == os.path.basename(path)):
+                sys.exit(f'{path}: base={base!r} must name another sample config beside it.')
             return {**read_sample(os.path.join(os.path.dirname(path), base)), **found} if base else found
     sys.exit(f'{path} has no `config = dict(...)`.')
 
@@ -273,8 +277,8 @@ def checked(key, value, default, choices, folder, source):
         kind = type(default[0]) if isinstance(default, list) else int if key == 'test_ways' else str
         if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
             sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
-    if key == 'holdout' and not (set(value) == set(default) and all(0 <= share for share in value.values())
-                                 and sum(value.values()) < 1):
+    if key == 'holdout' and not (set(value) == set(default) and all(type(share) in (int, float) for share in value.values())
+                                 and min(value.values()) >= 0 and sum(value.values()) < 1):
         sys.exit(f'{source}: holdout={value!r} must be shares of the videos, such as {default!r}.')
     if key == 'drops' and not all(type(step) is int and type(factor) in (int, float) for step, factor in value.items()):
         sys.exit(f'{source}: {key}={value!r} must be steps and factors, such as {{350: 0.1}}.')

@@ -87,11 +87,16 @@ def load_splits(config):
 def list_videos(config):
     """-> for each split its classes and [(label, name in the list, Video, or None where it is not on the disk), ...]."""
     root = config['data_root'].rstrip('/')
+    if unknown := set(config['splits'] or {}) - set(SPLITS):
+        sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, unknown)))}.')
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
-        rows = [(folder, video.path[len(root) + 1:], video, None) for folder, video in list_folders(root)]
-        names = {}
+        rows, names = [], {}
+        for folder, video in list_folders(root):
+            name = video.path[len(root) + 1:]
+            above = re.split(r'[\\/]', name)[0]
+            rows.append((folder, name, video, above if above in SPLITS else None))
         if not rows:
             sys.exit(f'{root} holds no videos: expected a folder per class of videos or folders of images.\n{config["fetch"]}')
     else:
@@ -111,7 +116,12 @@ def closed_set(config, by_class, names):
 
     The unseen classes are those of splits' test, with all their videos.
     """
-    parts = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
+    parts = {split: flat(part) if isinstance(part, list) else part for split, part in (config['splits'] or {}).items()}
+    if any(isinstance(part, float) for part in parts.values()):
+        sys.exit('splits: with closed_set=True holdout gives the shares; splits may only name classes.')
+    check_names(parts)
+    if any(isinstance(rows[0][0], int) for rows in by_class.values()):
+        sys.exit('annotations: a list gives numbers for the classes and none gives names: add one, such as classInd.txt.')
     classes = parts.get('train') or [rows[0][0] for rows in by_class.values()]
     gather('train', classes, by_class, names)  # stops at a class that has no video
     told = {row[3] for rows in by_class.values() for row in rows} - {None}
@@ -132,7 +142,7 @@ def divided(config, rows, told):
     parts = {split: [row for row in rows if row[3] == split] for split in SPLITS}
     if not told:
         parts['train'] = rows
-    listed = [row[2] or row[1] for part in parts.values() for row in part]
+    listed = [row[1] for part in parts.values() for row in part]
     if len(set(listed)) < len(listed):
         sys.exit(f'annotations: {max(listed, key=listed.count)} stands in two splits; name the lists of one split alone.')
     train = sorted(parts['train'], key=lambda row: zlib.crc32(os.path.basename(row[1]).encode(errors='surrogateescape')))
@@ -141,6 +151,7 @@ def divided(config, rows, told):
             count = round(share * len(parts['train']))
             parts[split], train = train[:count], train[count:]
     if config['per_class']:
+        train = [row for row in train if row[2] is not None]  # what is missing is not drawn
         rng = np.random.default_rng([config['seed'], zlib.crc32(plain(rows[0][0]).encode())])
         train = [train[i] for i in rng.permutation(len(train))[:config['per_class']]]
     return parts | dict(train=sorted(train, key=lambda row: row[1]))
@@ -200,8 +211,6 @@ def split_classes(config, by_class):
         if not splits['train']:
             sys.exit('splits is not set: name the classes, splits=dict(train=[...], val=[...], test=[...]), or give fractions, '
                      'splits=dict(train=0.6, val=0.2, test=0.2).')
-    if set(splits) - set(SPLITS):
-        sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, set(splits) - set(SPLITS))))}.')
     if any(isinstance(part, float) for part in splits.values()):
         names = [by_class[key][0][0] for key in sorted(by_class)]
         random.Random(config['seed']).shuffle(names)
@@ -213,13 +222,19 @@ def split_classes(config, by_class):
             sys.exit(f'{config["data_root"]} has {len(names)} classes, too few for {len(sizes)} splits: each needs 2.')
         sizes['train'] = min(sizes.get('train', 0), rest)
         splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
-    splits, seen = {split: flat(names) for split, names in splits.items()}, {}
+    splits = {split: flat(names) for split, names in splits.items()}
+    check_names(splits)
+    return {split: splits.get(split, []) for split in SPLITS}
+
+
+def check_names(splits):
+    """Stops where {split: class names} holds a class twice."""
+    seen = {}
     for split, names in splits.items():
         for name in names:
             if plain(name) in seen:
                 sys.exit(f'splits: class {name!r} stands in {seen[plain(name)]} and in {split}.')
             seen[plain(name)] = split
-    return {split: splits.get(split, []) for split in SPLITS}
 
 
 def flat(names):
@@ -253,7 +268,7 @@ def read_annotations(config):
             sys.exit(f'There is no {path}.\n{config["fetch"]}')
     listed, names = [], {}
     for of, path in paths:
-        files = sorted(glob.glob(os.path.join(path, '*') if os.path.isdir(path) else path)) or [path]
+        files = sorted(glob.glob(os.path.join(glob.escape(path), '*') if os.path.isdir(path) else path)) or [path]
         for file in files:
             kind, rows, some = read_list(file)
             if len(files) < 9:
@@ -383,7 +398,9 @@ def fit_episode(config, split, way, shot, queries):
 
 def check_test(config, split):
     """Stops where a size of test episode cannot be drawn of a split: before the videos are read, not after."""
-    if not config['lower']:
+    if config['closed_set'] and not split.videos:
+        sys.exit(f'Split {split.name} has no video: raise its share in holdout, or give a list of its videos in annotations.')
+    if not config['lower'] and not config['closed_set']:
         for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
             episode(split, way, shot, config['test_queries'], config['seed'], 0)
 

@@ -123,6 +123,18 @@ def print_mistakes(row, most=5):
             print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')
 
 
+def warn_of_trained(found, split):
+    """Says so where checkpoints of a closed set trained on videos of the split that is tested."""
+    names = set(testing.names_of(split))
+    for path, *_ in found:
+        listed = os.path.join(os.path.dirname(path), 'train_videos.json')
+        if os.path.exists(listed):
+            with open(listed) as file:
+                twice = names.intersection(json.load(file)['videos'])
+            if twice:
+                print(f'Warning: {path} trained on {len(twice)} of these {len(names)} videos.', file=sys.stderr, flush=True)
+
+
 def encode_all(config, found, split):
     """Encodes the split for all checkpoints, once for those that see the same -> tested, the rows of the videos that could be
     read. The rows without training see what the first one sees."""
@@ -137,7 +149,8 @@ def encode_all(config, found, split):
             methods = [] if tested else testing.untrained(first, clip, split.classes, [config['method']] * (not found))
         for path, saved, own in group:
             method = checkpoint.rebuild(own, clip, saved, path)
-            methods.append(testing.Tested(own, method, clip.weights_hash, path, saved['config']['dataset']))
+            trained = {key: saved['config'][key] for key in ('shot', 'per_class') if key in saved['config']}
+            methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
         checkpoint.freeze(config, clip)
         reader = ClipReader(first, clip.visual.image_size)
         try:
@@ -160,12 +173,15 @@ def main():
         split = data.load_splits(config)[config['test_split']]
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
-    if not given and not config['closed_set']:
+    if not given:
         data.check_test(config, split)
+    warn_of_trained(found, split)
     tested, rows_of_videos = encode_all(config, found, split)
     readable = None if config['closed_set'] else subset(split, rows_of_videos)
     lists = load_episodes(listed, readable) if given else None
     rows, rights, used = testing.evaluate(config, tested, split, rows_of_videos, lists)
+    if not rows:
+        sys.exit('No method here can answer with these classes.')
     if ranks.rank_of()[0] == 0:
         print_pairs(rows, rights)
         rows += together(rows, rights, {path: recipe(saved['config']) for path, saved, _ in found})
@@ -174,6 +190,8 @@ def main():
         pictures.confusion(plain, os.path.join(config['out_dir'], 'confusion.png'))
         across = any(saved['config']['dataset'] != config['dataset'] for _, saved, _ in found)
         name = f'results_{config["dataset"]}.json' if across else 'results.json'
+        if config['closed_set'] and not across:  # what training wrote has the unseen classes too
+            name = f'results_{split.name}.json'
         checkpoint.save_json(os.path.join(config['out_dir'], name), rows)
         if listed and not given:
             save_episodes(listed, readable, used)

@@ -35,7 +35,7 @@ from tools import timeline
 BATCH = 16  # clips encoded at a time
 OPTIONS = dict(
     support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
-    classes='',                # of a checkpoint that was trained with closed_set=True: names, separated by commas; '': its own
+    classes=None,              # of what was trained with closed_set=True: 'a,b' or a list of names; None: its own
     query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
     ckpt=None,                 # a checkpoint
     method='mean_pool',        # without a checkpoint: a method that needs no training
@@ -117,7 +117,9 @@ def save_examples(path, examples):
 
 def own_classes(config, method):
     """What answers without examples, in the form of `encode_examples`: the classes named on the command line, or its own."""
-    classes = [name.strip() for name in config['classes'].split(',')] if config['classes'] else method.names
+    classes = config['classes'] or method.names
+    if isinstance(classes, str):
+        classes = [name.strip() for name in classes.split(',') if name.strip()]
     if not classes:
         sys.exit('Nothing was trained, so --classes= must name the classes.')
     if classes != method.names and not getattr(method, 'text', False):
@@ -142,8 +144,11 @@ def label(config, clip, method, examples, frames):
     index = torch.arange(len(kept[0]), device=config['device'])[None]  # (1, B)
     classes = torch.arange(len(examples['classes']), device=config['device'])[None]  # (1, N)
     labels = examples['labels'].to(config['device'])
-    with amp(config):
-        scores = method.scores(kept, Episode(labels, classes, examples['classes'], joint=False, index=index))
+    try:
+        with amp(config):
+            scores = method.scores(kept, Episode(labels, classes, examples['classes'], joint=False, index=index))
+    except ValueError as error:  # of a name that it cannot read
+        sys.exit(str(error))
     return scores[0].float().softmax(-1)
 
 
@@ -228,8 +233,10 @@ def main():
         sys.exit(f'predict.py takes one checkpoint, not {len(found)}.')
     path, saved, config = found[0] if found else (None, None, config)
     config.update(cache_gb=0.0, cache_dir=None)  # every clip is read once
-    if config['closed_set'] and (config['support'] or not config['query']):
+    if config['closed_set'] and (config['support'] or config['save_support'] or not config['query']):
         sys.exit('With closed_set=True predict.py needs --query=<clips>, and takes no --support.')
+    if config['classes'] and not config['closed_set']:
+        sys.exit('--classes is for what was trained with closed_set=True; the classes are the folders of --support.')
     if not config['closed_set'] and (not config['support'] or not (config['query'] or config['save_support'])):
         sys.exit('predict.py needs --support=<a folder with a folder per class> and --query=<clips>.')
     resolve(config)

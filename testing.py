@@ -125,13 +125,18 @@ def answers(config, method, tensors, index, labels, classes, names, joint, note,
     index, labels, classes = (torch.from_numpy(x).to(device) for x in (index, labels, classes))
     count, videos = index.shape
     size = 4 * videos * sum(math.prod(x.shape[1:]) for x in tensors[:getattr(method, 'takes', None)])  # bytes of an episode
+    if getattr(method, 'text', False):
+        size += 4 * classes.shape[1] * tensors[0].shape[-1]  # and of the texts of its classes
     batch = int(np.clip(QUERY_BYTES[torch.device(device).type] // size, 1, -(-count // world)))
     found = torch.zeros(count, best or videos - len(labels), dtype=torch.int64, device=device)
     firsts = range(0, count, batch)[rank::world]
     for first in ranks.progress(firsts, note, len(firsts), unit_scale=batch, unit='episode'):
         part = slice(first, first + batch)
-        with amp(config):
-            scores = method.scores(tensors, Episode(labels, classes[part], names, joint, index=index[part]))
+        try:
+            with amp(config):
+                scores = method.scores(tensors, Episode(labels, classes[part], names, joint, index=index[part]))
+        except ValueError as error:  # of a name that it cannot read
+            sys.exit(f'{note}: {error}')
         found[part] = scores.float().softmax(-1).mean(1).topk(best).indices if best else scores.argmax(-1)
     return ranks.add_up(found).cpu().numpy()
 
@@ -238,7 +243,7 @@ def evaluate_closed(config, tested, split, rows_of_views):
     rows, rights, copies = [], [], len(orders_of(config))
     labels, classes = closed_ways(split, len(index))
     true, best = split.labels[:, None], min(5, len(split.classes))
-    about = dict(way=len(split.classes), shot=config['per_class'], queries=1, episodes=len(index), views=views,
+    about = dict(way=len(split.classes), queries=1, episodes=len(index), views=views,
                  episodes_hash=hash_of(split, np.arange(len(index))), missing=missing)
     for each, probe in itertools.product(tested, range(copies)):
         name = name_of(each.config['method']) + (f', queries {PROBES[probe - 1]}' if probe else '')
@@ -251,7 +256,8 @@ def evaluate_closed(config, tested, split, rows_of_views):
         row = row_of(config, each, name, split, true, found[:, :1])
         (accuracy, ci95), (top5, top5_ci95) = interval((found == true)[:, 0]), interval((found == true).any(1))
         rows.append(row | dict(
-            **about, accuracy=accuracy, ci95=ci95, top5=top5, top5_ci95=top5_ci95, transductive=False,
+            **about, shot=each.config['per_class'] if each.checkpoint else 0, transductive=False,
+            accuracy=accuracy, ci95=ci95, top5=top5, top5_ci95=top5_ci95,
             class_mean=float(np.mean([x for x in row['per_class'] if x is not None])), seconds=time.time() - began))
         rights.append(found[:, :1] == true)
         print(line(rows[-1]), flush=True)

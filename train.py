@@ -28,7 +28,7 @@ import data
 import encoding
 import ranks
 import testing
-from config import amp, load_config, resolve
+from config import DEFAULTS, amp, find_method, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
@@ -222,10 +222,11 @@ def validation_of(config, clip, sees, split, reader):
 def resume(config, path, method, clip, optimizer, scaler, state):
     """Goes on from a checkpoint, bit for bit. Stops where its options were others."""
     saved = checkpoint.load(path, trusted=config['method'])
-    changed = [key for key in checkpoint.training_options(config) if saved['config'].get(key) != config[key]]
+    before = {**DEFAULTS, **checkpoint.options_of(config), **saved['config']}  # a newer option has its default
+    changed = [key for key in checkpoint.training_options(config) if before[key] != config[key]]
     if changed:
         sys.exit(f'{path} was trained with other options: ' + ', '.join(
-            f'{key}={saved["config"].get(key)!r} (now {config[key]!r})' for key in changed))
+            f'{key}={before[key]!r} (now {config[key]!r})' for key in changed))
     checkpoint.restore(method, clip, saved, path)
     optimizer.load_state_dict(saved['optimizer'])
     if saved['scaler']:  # it was trained in half precision too
@@ -291,11 +292,16 @@ def main():
     train, val, test = splits['train'], splits['val'], splits['test']
     if not config['train_groups']:
         train = dataclasses.replace(train, groups=[])
-    sizes = None
-    if not config['closed_set']:
+    data.check_test(config, test)
+    if config['closed_set']:
+        sizes = None
+        data.check_test(config, val)
+        by_name = splits[data.UNSEEN] if getattr(find_method(config['method'])[0], 'text', False) else None
+        if by_name and by_name.videos:
+            checkpoint.build(config, clip, by_name.classes)  # stops here if it cannot read a name
+    else:
         sizes = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
         data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
-        data.check_test(config, test)
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
     checkpoint.freeze(config, clip)
     prepare_folder(config, method)
@@ -377,10 +383,9 @@ def main():
             tested = testing.untrained(config, clip, test.classes)
         tested.append(testing.Tested(config, method, clip.weights_hash, best, config['dataset']))
         rows = []
-        for split in (test, splits[data.UNSEEN]) if config['closed_set'] and getattr(method, 'text', False) else (test,):
-            if split.videos:
-                encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
-                rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
+        for split in (test, by_name) if config['closed_set'] and by_name and by_name.videos else (test,):
+            encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
+            rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:
             pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)

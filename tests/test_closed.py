@@ -42,6 +42,9 @@ def test_each_split_has_other_videos_of_the_same_classes(world):  # noqa: F811
         assert collections.Counter(few['train'].labels.tolist()) == {0: 2, 1: 2, 2: 2}
     draws = [videos(data.load_splits(config | dict(per_class=2, seed=seed))['train']) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
+    for splits, words in ((dict(train=names, test=names[:1]), 'stands in train and in test'), (dict(train=0.5), 'holdout')):
+        with pytest.raises(SystemExit, match=words):
+            data.load_splits(config | dict(splits=splits))
     every = data.load_splits(make_config(world / 'clips', closed_set=True))
     assert len(every['train'].classes) == 8 and not every['unseen'].videos
 
@@ -71,7 +74,8 @@ def test_official_lists_say_whose_a_video_is(world, lists):  # noqa: F811
     assert {name for _, name in videos(hmdb['train'])} == {'0000.mp4', '0001.mp4'} and not hmdb['val'].videos
     assert {name for _, name in videos(hmdb['test'])} == {'0002.mp4', '0003.mp4'}  # 0 is of neither
     for wrong, words in ((str(lists / '*_test_split?.txt'), 'stands in two splits'), (dict(tset='x'), "not of 'tset'"),
-                         (dict(train=str(lists / 'none.txt')), 'There is no')):
+                         (dict(train=str(lists / 'none.txt')), 'There is no'),
+                         (dict(train=str(lists / 'trainlist01.txt')), 'none gives names')):
         with pytest.raises(SystemExit, match=words):
             data.load_splits(config | dict(annotations=wrong))
 
@@ -159,6 +163,25 @@ def test_a_linear_probe_learns_and_is_tested(world, closed):  # noqa: F811
     assert 'linear, queries reversed' in again.output and 'views: 2' in again.output
 
 
+def test_videos_that_were_trained_on_are_told(world, closed, capsys):  # noqa: F811
+    run(evaluation, world, '--closed_set=True', "--holdout={'val': 0.1, 'test': 0.6}", f'--ckpt={closed[0] / "best.pt"}',
+        f'--out_dir={world / "again"}')
+    assert 'best.pt trained on 8 of these 16 videos' in capsys.readouterr().err
+    run(evaluation, world, *CLOSED[:2], f'--ckpt={closed[0] / "best.pt"}', f'--out_dir={world / "again"}')
+    assert 'trained on' not in capsys.readouterr().err
+
+
+def test_folders_of_splits_are_kept_apart(world, tmp_path):  # noqa: F811
+    for split, numbers in (('train', (0, 1, 2)), ('val', (3,)), ('test', (4, 5))):
+        for name in ('grow', 'shrink'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in numbers:
+                (tmp_path / split / name / f'{i}.mp4').symlink_to(world / 'clips' / name / f'{i:04}.mp4')
+    splits = data.load_splits(make_config(tmp_path, closed_set=True))
+    assert {split: sorted({name for _, name in videos(splits[split])}) for split in data.SPLITS} == dict(
+        train=['0.mp4', '1.mp4', '2.mp4'], val=['3.mp4'], test=['4.mp4', '5.mp4'])
+
+
 def test_a_resumed_run_is_the_same(world, closed):  # noqa: F811
     out_dir, parts = closed[0], world / 'parts'
     run(train, world, '--method=linear', *CLOSED, '--max_iters=20', f'--out_dir={parts}')
@@ -185,7 +208,7 @@ def test_a_video_that_cannot_be_read_is_left_out(world, tmp_path):  # noqa: F811
     root = with_empty(world, tmp_path, 'grow/a.mp4', 'grow/b.mp4', 'grow/c.mp4')
     run(evaluation, world, root, '--closed_set=True', "--holdout={'val': 0.0, 'test': 0.9}", '--views=2', '--splits=None',
         '--method=zero_shot', f'--out_dir={tmp_path}')
-    (row,) = rows_of(tmp_path)
+    (row,) = json.loads((tmp_path / 'results_test.json').read_text())
     assert row['videos'] + row['missing'] == 7 * 5 + 8 and row['missing'] > 0 and row['way'] == 8
 
 
@@ -193,6 +216,8 @@ def test_a_video_that_cannot_be_read_is_left_out(world, tmp_path):  # noqa: F811
     (['--method=vba'], 'needs supports'), (['--method=linear', '--closed_set=False'], 'needs closed_set=True'),
     (['--method=linear', "--holdout={'val': 0.5, 'test': 0.6}"], 'shares of the videos'),
     (['--method=linear', "--holdout={'test': 0.6}"], 'shares of the videos'),
+    (['--method=linear', "--holdout={'val': 0.0, 'test': 0.6}"], 'Split val has no video'),
+    (['--method=linear', '--views=2', '--test_sampling=random'], 'several views need'),
     (['--method=matrix', '--closed_set=False', '--per_class=2'], 'per_class=2 needs closed_set=True'),
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(world, options, words, tmp_path):  # noqa: F811
@@ -219,6 +244,8 @@ def test_predict_answers_with_its_own_classes_or_by_name(world, closed, capsys, 
     assert 'reads no names' in call(f'--ckpt={closed[0] / "best.pt"}', '--classes=a,b')
     assert '--classes= must name the classes' in call(*by_name)
     assert 'takes no --support' in call(f'--ckpt={closed[0] / "best.pt"}', f'--support={world / "clips"}')
+    long = 30 * 'move right and '
+    assert 'longer than' in call(*by_name, f'--classes=grow,{long}') and '2 classes' in call(*by_name, "--classes=['a, b','c']")
 
 
 def test_the_check_counts_each_split(world, tmp_path, monkeypatch, capsys):  # noqa: F811

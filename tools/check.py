@@ -77,7 +77,8 @@ def check(config):
                  test=(way, max(config['test_shots']), config['test_queries']))
     stop = None
     if config['closed_set']:
-        needs = {}
+        needs, empty = {}, [split for split in ('train', 'val', 'test') if not splits[split].videos]
+        stop = f'split {empty[0]} has no video.' if empty else None
     for split, (way, shot, queries) in needs.items():
         few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
                if len(found) < shot + queries]

@@ -101,7 +101,7 @@ def measures(results):
 def inductive(runs, size):
     """Of each seed the row of what was trained, where queries do not see each other; [] where there is none of this size."""
     rows = [row for run in runs for row in run if size_of(row) == size]
-    return [row for row in rows if row['checkpoint'] and not row['transductive']]
+    return [row for row in rows if row['checkpoint'] and not row['transductive'] and ', queries' not in row['method']]
 
 
 def titles(heads):
@@ -110,7 +110,7 @@ def titles(heads):
 
 def protocol(row):
     """What must be the same for two rows to be compared as equals."""
-    parts = ['CLIP tuned' if row['tuned'] else 'frozen', *(key for key in ('text', 'transductive') if row[key])]
+    parts = ['CLIP tuned' if row.get('tuned') else 'frozen', *(key for key in ('text', 'transductive') if row[key])]
     if row['checkpoint'] and 'views' not in row:
         parts.append(f'trained {row["train_shot"]}-shot')
     return ', '.join(parts)
