@@ -293,12 +293,13 @@ def main():
     if not config['train_groups']:
         train = dataclasses.replace(train, groups=[])
     data.check_test(config, test)
+    tests = [test]
     if config['closed_set']:
-        sizes = None
+        sizes, unseen = None, splits[data.UNSEEN]
         data.check_test(config, val)
-        by_name = splits[data.UNSEEN] if getattr(find_method(config['method'])[0], 'text', False) else None
-        if by_name and by_name.videos:
-            checkpoint.build(config, clip, by_name.classes)  # stops here if it cannot read a name
+        if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
+            checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
+            tests.append(unseen)
     else:
         sizes = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
         data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
@@ -377,13 +378,13 @@ def main():
 
         batches.close()  # nothing more is read ahead
 
-        # the test split is read once, here
+        # the test is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt
             checkpoint.restore(method, clip, checkpoint.load(best, config['device'], config['method']), best)
             tested = testing.untrained(config, clip, test.classes)
         tested.append(testing.Tested(config, method, clip.weights_hash, best, config['dataset']))
         rows = []
-        for split in (test, by_name) if config['closed_set'] and by_name and by_name.videos else (test,):
+        for split in tests:
             encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
             rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:

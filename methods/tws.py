@@ -6,6 +6,7 @@ published code: numbers in brackets are the paper's equations, and what it leave
 """
 
 import copy
+import pickle
 
 import torch
 import torch.nn.functional as F
@@ -154,10 +155,9 @@ class Method(nn.Module):
         own = {name: x.shape for name, x in self.state_dict().items() if name.startswith(('end.', 'auxiliary.'))}
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)['model']
-            alike = own == {name: x.shape for name, x in state.items()}
-        except Exception:
-            alike = False
-        if not alike:
+        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError) as error:
+            raise ValueError(f'start={path} is no checkpoint of train.py: {type(error).__name__}: {error}') from error
+        if own != {name: x.shape for name, x in state.items()}:
             raise ValueError(f'start={path} is no checkpoint of stage 1 with as many classes and frames and this width.')
         self.load_state_dict(state, strict=False)
 

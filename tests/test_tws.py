@@ -357,8 +357,10 @@ def test_stage_2_starts_where_stage_1_ended(tmp_path):
     assert 'start' in type(second).answering
 
     (tmp_path / 'text.pt').write_text('no checkpoint')
-    for wrong, width in [(tmp_path / 'none.pt', WIDTH), (tmp_path / 'text.pt', WIDTH), (last, WIDTH), (path, WIDTH + 1)]:
-        with pytest.raises(SystemExit, match=f'^method=tws: start={wrong} is no checkpoint of stage 1 .*width.$'):
+    stage = 'is no checkpoint of stage 1 .*width.$'
+    for wrong, width, words in [(tmp_path / 'none.pt', WIDTH, "'$"), (last, WIDTH, f' {stage}'), (path, WIDTH + 1, f' {stage}'),
+                                (tmp_path / 'text.pt', WIDTH, ' is no checkpoint of train.py: ')]:
+        with pytest.raises(SystemExit, match=f'^method=tws: .*{wrong}{words}'):
             built(clip=clip, start=str(wrong), width=width)
 
 
