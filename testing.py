@@ -141,19 +141,13 @@ def answers(config, method, tensors, index, labels, classes, names, joint, note,
     return ranks.add_up(found).cpu().numpy()
 
 
-def closed_ways(split, count):
-    """Labels (0,) and classes (count, N) of videos that are labelled among all classes of a split."""
-    return np.zeros(0, np.int64), np.tile(np.arange(len(split.classes)), (count, 1))
-
-
-def ways_of(split, episodes, way, shot):
-    """Labels (S,) and classes (count, N) of episodes as `data.episode` draws them, supports class by class."""
-    return np.repeat(np.arange(way), shot), split.labels[episodes[:, :way * shot:shot]]
-
-
-def correct(found, way):
-    """Answers (count, M) with the queries class by class -> which are right, (count, M) of bool."""
-    return found == np.repeat(np.arange(way), found.shape[1] // way)
+def ways_of(split, episodes, way=None, shot=0):
+    """Labels (S,), classes (count, N) and right answers (count, M), ways 0..N-1, of episodes as `data.episode` draws them,
+    class by class; without `way` of single videos (count, 1) among all classes of the split."""
+    if way is None:
+        return np.zeros(0, np.int64), np.tile(np.arange(len(split.classes)), (len(episodes), 1)), split.labels[episodes]
+    answers = np.repeat(np.arange(way), episodes.shape[1] // way - shot)
+    return np.repeat(np.arange(way), shot), split.labels[episodes[:, :way * shot:shot]], np.tile(answers, (len(episodes), 1))
 
 
 def interval(values):
@@ -172,15 +166,14 @@ def accuracies(right, groups):
 
 
 def validate(config, method, kept, way, episodes):
-    """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept; in a closed set of these
-    videos themselves, `episodes` (V, 1)."""
+    """Accuracy (a fraction) on a fixed list of 1-shot episodes of what CLIP shows of videos, a Kept; in a closed set (way None)
+    of these videos themselves, `episodes` (V, 1)."""
     method.eval()
     tensors = encoding.videos(config, method, kept.tensors)
-    closed = config['closed_set']
-    labels, classes = closed_ways(kept.split, len(episodes)) if closed else ways_of(kept.split, episodes, way, 1)
+    labels, classes, right = ways_of(kept.split, episodes, way, 1)
     found = answers(config, method, tensors, kept.rows[episodes], labels, classes, kept.split.classes, True, 'validation')
     method.train()
-    return (found == kept.split.labels[episodes] if closed else correct(found, way)).mean()
+    return (found == right).mean()
 
 
 # ---- The table
@@ -207,7 +200,7 @@ def evaluate(config, tested, split, rows_of_videos, lists=None):
                      + ', '.join(map(str, lists)) + ' (way, shot, queries).')
         episodes = used[sizes] = lists[sizes] if lists else draw_episodes(
             split, *sizes, config['seed'], config['test_episodes'])
-        labels, classes = ways_of(split, episodes, way, shot)
+        labels, classes, ways = ways_of(split, episodes, way, shot)
         true = split.labels[episodes[:, way * shot:]]
         about = dict(way=way, shot=shot, queries=queries, episodes=len(episodes), episodes_hash=hash_of(split, episodes),
                      missing=missing)
@@ -222,7 +215,7 @@ def evaluate(config, tested, split, rows_of_videos, lists=None):
                 index[:, way * shot:] += probe  # the queries' frames in another order
                 found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
                                 f'{name} {shot}-shot')
-                right = correct(found, way)
+                right = found == ways
                 rows.append(row_of(config, each, name, split, true, np.take_along_axis(classes, found, 1)) | dict(
                     **about, **accuracies(right, split.groups), transductive=joint, seconds=time.time() - began))
                 rights.append(right)
@@ -241,8 +234,8 @@ def evaluate_closed(config, tested, split, rows_of_views):
     missing, split = len(split.videos) - len(whole), encoding.subset(split, whole)
     index = whole[:, None] * views + np.arange(views)  # (V, views)
     rows, rights, copies = [], [], len(orders_of(config))
-    labels, classes = closed_ways(split, len(index))
-    true, best = split.labels[:, None], min(5, len(split.classes))
+    labels, classes, true = ways_of(split, np.arange(len(index))[:, None])
+    best = min(5, len(split.classes))
     about = dict(way=len(split.classes), queries=1, episodes=len(index), views=views,
                  episodes_hash=hash_of(split, np.arange(len(index))), missing=missing)
     for each, probe in itertools.product(tested, range(copies)):

@@ -48,31 +48,23 @@ def learning_rate(config, i, lr):
 # ---- From episodes to what CLIP shows of them
 
 def jobs_of(config, split, sizes, step):
-    """Endless jobs from step number `step` on: this rank's share of a step's meta_batch episodes of sizes (way, shot, queries),
-    or in a closed set of its videos, B = 1, each a pure function of the seed and its number -> (number of the first, indices
-    (E, B) into split.videos)."""
+    """Endless jobs from step number `step` on: this rank's share of a step's meta_batch episodes of sizes (way, shot, queries), or
+    in a closed set (sizes empty) of its videos, B = 1, each a pure function of the seed and its number -> (number of the first,
+    indices (E, B) into split.videos)."""
     rank, world = ranks.rank_of()
     share = config['meta_batch'] // world
     while True:
         first = step * config['meta_batch'] + rank * share
         numbers = range(first, first + share)
-        if config['closed_set']:
-            yield first, np.stack([data.shuffled(split, config['seed'], number) for number in numbers])
-        else:
-            yield first, np.stack([data.episode(split, *sizes, config['seed'], number) for number in numbers])
+        draw = data.episode if sizes else data.shuffled
+        yield first, np.stack([draw(split, *sizes, config['seed'], number) for number in numbers])
         step += 1
 
 
 def episode_of(config, split, sizes, indices):
     """The Episode of videos (E, B) of a split, on the device: their ways and answers."""
-    if config['closed_set']:
-        labels, classes = testing.closed_ways(split, len(indices))
-        answers = split.labels[indices]
-    else:
-        way, shot, queries = sizes
-        labels, classes = testing.ways_of(split, indices, way, shot)
-        answers = np.tile(np.repeat(np.arange(way), queries), (len(indices), 1))
-    labels, classes, answers = (torch.from_numpy(x).to(config['device']) for x in (labels, classes, answers))
+    ways = testing.ways_of(split, indices, *sizes[:2])
+    labels, classes, answers = (torch.from_numpy(x).to(config['device']) for x in ways)
     return Episode(labels, classes, split.classes, answers=answers)
 
 
@@ -207,10 +199,11 @@ def prepare_folder(config, method):
 
 
 def validation_of(config, clip, sees, split, reader):
-    """What CLIP shows of the validation's videos (Kept), its episodes (val_episodes, B), indices into these, and their way."""
+    """What CLIP shows of the validation's videos (Kept), its episodes (val_episodes, B), indices into these, and their way;
+    in a closed set all its videos (V, 1) and None."""
     kept = encoding.keep_seen(config, clip, split, reader, sees)
     if config['closed_set']:
-        return kept, np.arange(len(kept.rows))[:, None], len(split.classes)
+        return kept, np.arange(len(kept.rows))[:, None], None
     sizes = data.fit_episode(config, kept.split, min(config['way'], len(split.classes)), 1, config['test_queries'])
     episodes = testing.draw_episodes(kept.split, *sizes, config['seed'], config['val_episodes'])
     needed, episodes = np.unique(episodes, return_inverse=True)  # the other videos need not be encoded each time
@@ -295,7 +288,7 @@ def main():
     data.check_test(config, test)
     tests = [test]
     if config['closed_set']:
-        sizes, unseen = None, splits[data.UNSEEN]
+        sizes, unseen = (), splits[data.UNSEEN]
         data.check_test(config, val)
         if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
             checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
@@ -361,8 +354,8 @@ def main():
                 if validates:
                     now = time.perf_counter()
                     accuracy = testing.validate(config, method, val_kept, val_way, val_episodes)
-                    of = f'{val_way} classes, {len(val_episodes)} videos' if config['closed_set'] else (
-                        f'{val_way}-way 1-shot, {len(val_episodes)} episodes')
+                    of = (f'{val_way}-way 1-shot, {len(val_episodes)} episodes' if val_way else
+                          f'{len(val.classes)} classes, {len(val_episodes)} videos')
                     print(f'step {state["iter"]}  validation: {100 * accuracy:.2f} % ({of})', flush=True)
                     if accuracy > state['best']:
                         state['best'] = float(accuracy)

@@ -717,7 +717,7 @@ def test_cached_episodes_equal_the_model_on_frames(world, mode, joint):
     """What is kept of a test's videos against the model run on each episode's frames anew."""
     config, clip, split, reader, tested, rows = encoded(world, f'--cross_video={mode}', '--temp=10', shaken=True)
     model, episodes = tested.method, testing.draw_episodes(split, 2, 2, 1, 0, 5)
-    labels, classes = testing.ways_of(split, episodes, 2, 2)
+    labels, classes, _ = testing.ways_of(split, episodes, 2, 2)
     found = testing.answers(config, model, tested.tensors, rows[episodes], labels, classes, split.classes, joint, '')
     some = Episode(torch.from_numpy(labels), torch.from_numpy(classes), split.classes, joint)
     with torch.no_grad():
@@ -759,7 +759,11 @@ def test_mean_pool_by_hand():
     torch.testing.assert_close(method.scores(kept, one)[0, 0, 0], 100 * prototype @ pooled[3])
     found = testing.answers(dict(device='cpu', dtype='float32'), method, list(kept), np.array([[0, 2, 3, 4], [2, 0, 3, 4]]),
                             np.array([0, 1]), np.array([[0, 1], [1, 0]]), ['a', 'b'], False, '')
-    assert found.tolist() == [[0, 1], [1, 0]] and testing.correct(found, 2).tolist() == [[True, True], [False, False]]
+    assert found.tolist() == [[0, 1], [1, 0]]
+    split = data.Split('test', ['a', 'b', 'c'], [], np.array([2, 2, 2, 1, 1, 1]))
+    two = np.array([[0, 3, 1, 2, 4, 5], [3, 0, 4, 5, 1, 2]])  # 2-way 1-shot, 2 queries a class
+    labels, classes, right = testing.ways_of(split, two, 2, 1)
+    assert labels.tolist() == [0, 1] and classes.tolist() == [[2, 1], [1, 2]] and right.tolist() == [[0, 0, 1, 1]] * 2
 
 
 def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained, monkeypatch):
