@@ -49,8 +49,8 @@ def learning_rate(config, i, lr):
 
 def jobs_of(config, split, sizes, step):
     """Endless jobs from step number `step` on: this rank's share of a step's meta_batch episodes of sizes (way, shot, queries),
-    or in a closed set (sizes empty) of its videos, B = 1, each a pure function of the seed and its number -> (number of the first,
-    indices (E, B) into split.videos)."""
+    or in a closed set (sizes empty) of its videos, B = 1, each a pure function of the seed and its number -> (number of the
+    first, indices (E, B) into split.videos)."""
     rank, world = ranks.rank_of()
     share = config['meta_batch'] // world
     while True:
