@@ -244,6 +244,14 @@ def bring(seen, device):
     return [x.to(device, x.dtype if x.dtype == torch.uint8 else dtype) for x in seen]
 
 
+def last_blocks(visual, levels):
+    """The last `levels` blocks of an image tower. ValueError: it is not that deep."""
+    blocks = visual.transformer.resblocks
+    if not 0 < levels <= len(blocks):
+        raise ValueError(f'levels={levels}, but the image tower has {len(blocks)} blocks.')
+    return blocks[len(blocks) - levels:]
+
+
 def frame_layer(dim):
     """A trained layer over frame features (..., dim); it starts as the identity of the normalised features."""
     layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
@@ -434,11 +442,9 @@ class VBA(nn.Module):
     def __init__(self, clip, names, config):
         """clip: its image tower is `visual`; config: `options` and `frames`. ValueError: a tower that is not that deep."""
         super().__init__()
-        dim, blocks, levels = clip.visual.proj.shape[0], clip.visual.transformer.resblocks, config['levels']
-        if not 0 < levels <= len(blocks):
-            raise ValueError(f'levels={levels}, but the image tower has {len(blocks)} blocks.')
-        before = len(blocks) - levels
-        self.sees = (before,) if config['temporal_adapter'] else tuple(range(before + 1, len(blocks) + 1))
+        dim, depth, levels = clip.visual.proj.shape[0], len(clip.visual.transformer.resblocks), config['levels']
+        blocks = last_blocks(clip.visual, levels)
+        self.sees = (depth - levels,) if config['temporal_adapter'] else tuple(range(depth - levels + 1, depth + 1))
         self.transductive = config['cross_video'] == 'joint'
         self.cross_video, self.pairwise = bool(config['cross_video']), config['loss'] == 'pairwise'
         self.first = 0 if config['cls_token'] else 1  # the first token that the aggregator sees
@@ -448,7 +454,7 @@ class VBA(nn.Module):
         self.levels = nn.ModuleList(Level(dim, config) for _ in range(levels))
         start_small(self.levels)
         # copies, frozen: gradients pass through them to the adapters, while the tower may be in half precision
-        self.blocks = copy.deepcopy(blocks[before:]).float().requires_grad_(False) if self.adapters else []
+        self.blocks = copy.deepcopy(blocks).float().requires_grad_(False) if self.adapters else []
 
     def kept(self, seen):
         """What CLIP shows -> A, a list of S tensors (V, T, L, D): the outputs of the last S blocks."""

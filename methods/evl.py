@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Attention, QuickGELU
+from model import Attention, QuickGELU, last_blocks
 
 
 class TemporalConv(nn.Module):
@@ -117,13 +117,11 @@ class Method(nn.Module):
     def __init__(self, clip, names, config):
         super().__init__()
         visual, levels = clip.visual, config['levels']
-        dim, blocks = visual.proj.shape[0], visual.transformer.resblocks
-        if not 0 < levels <= len(blocks):
-            raise ValueError(f'levels={levels}, but the image tower has {len(blocks)} blocks.')
-        first = len(blocks) - levels
-        self.sees = tuple(range(first if config['t_ca'] else first + 1, len(blocks) + 1))
+        dim, depth = visual.proj.shape[0], len(visual.transformer.resblocks)
+        blocks = last_blocks(visual, levels)
+        self.sees = tuple(range(depth - levels + (not config['t_ca']), depth + 1))
         self.query = nn.Parameter(torch.zeros(dim))  # as in the authors' code: the first attention begins uniform
-        self.levels = nn.ModuleList(Level(dim, block, visual.grid, config) for block in blocks[first:])
+        self.levels = nn.ModuleList(Level(dim, block, visual.grid, config) for block in blocks)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(0.5), nn.Linear(dim, len(names)))
 
     def video(self, *seen):
