@@ -61,13 +61,21 @@ def similarities(query, support, floor):
     return products / (lengths + floor)
 
 
+def pair_weights(layer, support, query):
+    """What each query gives to pairs of frames, its own and a class's: `layer` makes it of its mean frame and the supports'.
+
+    Frames (E, S, T, d), (E, M, T, d) -> (E, M, T, T) [query's frame, class's frame].
+    """
+    task = query.mean(2) + support.mean((1, 2)).unsqueeze(1)  # (E, M, d)
+    return layer(task).unflatten(-1, (query.shape[2], -1))
+
+
 class Method(nn.Module):
     options = dict(
         levels=0,               # last blocks whose outputs the ladder sees; 0: all, and what enters the first (published)
         width=256,              # of the ladder, whose heads are 64 wide
         metric='dcm',           # 'tsm': learned matching; 'dcm': that of channels' correlations (published); 'bimhm'; 'cosine'
         merge='before',         # supports of a class: averaged 'before' the metric (published) or 'after' it
-        centre=False,           # see frames from the middle of the supports' at the same time; not published
     )
     choices = dict(metric=('tsm', 'dcm', 'bimhm', 'cosine'), merge=('before', 'after'))  # with 1 shot merge makes no difference
 
@@ -79,7 +87,7 @@ class Method(nn.Module):
             raise ValueError(f'levels={levels}, but the image tower has {depth} blocks and so {depth + 1} levels.')
         if width % 64:
             raise ValueError(f'width={width}, but heads are 64 wide.')
-        self.metric, self.merge, self.centre = config['metric'], config['merge'], config['centre']
+        self.metric, self.merge = config['metric'], config['merge']
         self.sees = tuple(range(depth + 1))[-levels:]  # [-0:] is all
         self.ladder = Ladder(dim, width, self.sees, depth)
         self.matching = nn.Linear(width, frames ** 2, bias=False) if self.metric in ('tsm', 'dcm') else None
@@ -99,10 +107,7 @@ class Method(nn.Module):
         """How alike a query's frames and a class's are, summed: over both sets each frame's most alike (bimhm), over frames at
         the same time (cosine), or over all pairs, each times what the query's matrix says of it."""
         with torch.autocast(episode.labels.device.type, enabled=False):
-            compared = episode.take(kept[-1])  # (E, B, T, d or d(d+1)/2)
-            if self.centre:
-                compared = compared - episode.split(compared)[0].mean(1, keepdim=True)
-            support, query = episode.split(compared)
+            support, query = episode.split(episode.take(kept[-1]))  # (E, S, T, P), (E, M, T, P): P = d or d(d+1)/2
             if self.merge == 'before':
                 support = episode.by_class(support)
             alike = similarities(query, support, 0.01 if self.metric == 'dcm' else 1e-6)  # (E, M, n, T, T), n = N or S
@@ -111,11 +116,6 @@ class Method(nn.Module):
             elif self.metric == 'cosine':
                 found = alike.diagonal(dim1=-2, dim2=-1).sum(-1)
             else:
-                found = (self.matrices(kept, episode).unsqueeze(2) * alike).sum((-2, -1))
+                weights = pair_weights(self.matching, *episode.split(episode.take(kept[0])))
+                found = (weights.unsqueeze(2) * alike).sum((-2, -1))
             return found if self.merge == 'before' else episode.by_class(found.transpose(1, 2)).transpose(1, 2)
-
-    def matrices(self, kept, episode):
-        """A matrix for each query (E, M, T, T) [query's frame, class's frame], made from its mean frame and the supports'."""
-        support, query = episode.split(episode.take(kept[0]))  # (E, S, T, d), (E, M, T, d)
-        task = query.mean(2) + support.mean((1, 2)).unsqueeze(1)  # (E, M, d)
-        return self.matching(task).unflatten(-1, (query.shape[2], -1))

@@ -97,8 +97,9 @@ def test_zero_shot_by_hand():
 
 def test_vba_frames_by_hand():
     """A vector a frame, of that frame's tokens and those beside it alone; a sum over pairs of frames, written as loops."""
-    _, method = built('vba_frames', frames=4, levels=2, temp=3.0)
-    assert method.sees == (1, 2) and built('vba_frames', frames=4, levels=2, matching=False)[1].matrix.requires_grad is False
+    plain = dict(frames=4, levels=2, width=0, cls_token=False, gate=False)
+    _, method = built('vba_frames', **plain, matching='fixed', temp=3.0)
+    assert method.sees == (1, 2) and built('vba_frames', **plain, matching=False)[1].matrix.requires_grad is False
     seen = [torch.randn(5, 4, 5, 64) for _ in range(2)]
     other = [torch.cat([torch.randn(5, 1, 5, 64), x[:, 1:]], 1) for x in seen]  # another frame 0
     with torch.no_grad():
@@ -115,6 +116,34 @@ def test_vba_frames_by_hand():
             share = (3 * alike).softmax(0)
             torch.testing.assert_close(scores[0, m].exp(), torch.stack([share[0], (share[1] + share[2]) / 2]), rtol=1e-4,
                                        atol=1e-6)
+
+
+@torch.no_grad()
+def test_vba_frames_gates_and_own_matching_by_hand():
+    """Of each level the query is mixed with its frame's class token; pairs of frames count what the query's matrix says."""
+    _, method = built('vba_frames', frames=4, levels=2)
+    _, plain = built('vba_frames', frames=4, levels=2, gate=False)
+    plain.load_state_dict(method.state_dict(), strict=False)
+    seen = [torch.randn(5, 4, 5, 64) for _ in range(2)]
+    method.gamma.fill_(9.0)  # a gate that lets nothing of the class token in
+    torch.testing.assert_close(method.video(*seen), plain.video(*seen))
+    method.gamma.copy_(torch.tensor([0.3, -9.0]))  # and at last one that lets in nothing else
+    last = method.tokens[1](method.downs[1](seen[1])[:, :, 0])
+    (x,) = method.video(*seen)
+    torch.testing.assert_close(x, last)
+    scores = method.scores((x,), episode(5))
+    for m in (3, 4):
+        matrix = (method.matching.weight @ (x[m].mean(0) + x[:3].mean((0, 1)))).view(4, 4)
+        alike = [F.cosine_similarity(x[m][:, None], way[None], dim=-1) for way in (x[0], (x[1] + x[2]) / 2)]
+        torch.testing.assert_close(scores[0, m - 3], torch.stack([(matrix * a).sum() for a in alike]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('cls_token', [False, True])
+def test_vba_frames_sees_the_class_token_when_asked(cls_token):
+    _, method = built('vba_frames', frames=4, levels=2, gate=False, cls_token=cls_token)
+    x = torch.randn(2, 4, 5, 64, requires_grad=True)
+    method.video(x, x)[0].square().sum().backward()
+    assert (x.grad[:, :, 0].abs().sum() > 0) == cls_token and x.grad[:, :, 1:].abs().sum() > 0
 
 
 @pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba', 'vba_frames'])
