@@ -16,7 +16,7 @@ from model import Level, class_scores, last_blocks, start_small
 class Method(nn.Module):
     options = dict(
         levels=4,               # last blocks whose outputs feed the aggregator
-        width=64,               # of the aggregator, behind a linear layer; 0: that of the blocks, without one
+        layer=64,               # width of a trained linear layer in front, and so of the aggregator; 0: none, that of the blocks
         cls_token=True,         # the aggregator sees the class token too
         gate=True,              # between levels each query is mixed with its frame's class token
         matching='query',       # weights of pairs of frames: of each 'query' its own, or 'fixed' ones; False: frame t meets
@@ -31,16 +31,16 @@ class Method(nn.Module):
         last_blocks(clip.visual, levels)
         self.sees = tuple(range(depth - levels + 1, depth + 1))
         self.first = 0 if config['cls_token'] else 1  # the first token that the aggregator sees
-        self.temp, frames, width = config['temp'], config['frames'], config['width'] or dim
+        self.temp, frames, width = config['temp'], config['frames'], config['layer'] or dim
         if width % 64:
-            raise ValueError(f'width={width}, but heads are 64 wide.')
+            raise ValueError(f'layer={width}, but heads are 64 wide.')
 
         def narrow(dim):
             return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width, bias=False))
 
         form = dict(frames=frames, attn_proj=True, mlp_order='serial', alpha_init='random', cross_video=False)
         self.query = nn.Parameter(torch.randn(frames, width))  # Q_0 of each frame
-        self.downs = nn.ModuleList(narrow(dim) if config['width'] else nn.Identity() for _ in range(levels))
+        self.downs = nn.ModuleList(narrow(dim) if config['layer'] else nn.Identity() for _ in range(levels))
         self.levels = nn.ModuleList(Level(width, form) for _ in range(levels))
         start_small(self.levels)
         self.gamma = nn.Parameter(torch.zeros(levels)) if config['gate'] else None

@@ -97,7 +97,7 @@ def test_zero_shot_by_hand():
 
 def test_vba_frames_by_hand():
     """A vector a frame, of that frame's tokens and those beside it alone; a sum over pairs of frames, written as loops."""
-    plain = dict(frames=4, levels=2, width=0, cls_token=False, gate=False)
+    plain = dict(frames=4, levels=2, layer=0, cls_token=False, gate=False)
     _, method = built('vba_frames', **plain, matching='fixed', temp=3.0)
     assert method.sees == (1, 2) and built('vba_frames', **plain, matching=False)[1].matrix.requires_grad is False
     seen = [torch.randn(5, 4, 5, 64) for _ in range(2)]
