@@ -16,7 +16,7 @@ from model import Level, class_scores, last_blocks, start_small
 class Method(nn.Module):
     options = dict(
         levels=4,               # last blocks whose outputs feed the aggregator
-        layer=64,               # width of a trained linear layer in front, and so of the aggregator; 0: none, that of the blocks
+        layer=64,               # width of a trained linear layer in front and of the aggregator; 0: none, that of CLIP
         cls_token=True,         # the aggregator sees the class token too
         gate=True,              # between levels each query is mixed with its frame's class token
         matching='query',       # weights of pairs of frames: of each 'query' its own, or 'fixed' ones; False: frame t meets

@@ -101,7 +101,7 @@ def test_methods(table):
     rows = {row['method']: row for row in table('methods', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1', CLIP,
                                                 '--frames=3', '--rounds=1', '--device=cpu')}
     assert set(rows) == {'clip_fsar', 'd2st', 'efficient_prompt', 'hyrsm', 'ladder', 'matching', 'matrix', 'otam', 'proto',
-                         'trx', 'vba', 'vba_frames'}
+                         'trx', 'ts_fsar', 'vba', 'vba_frames'}
     assert rows['matrix']['parameters'] == 9 and rows['vba']['GB'] > rows['matrix']['GB'] > 0
 
 

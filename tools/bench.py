@@ -61,6 +61,7 @@ OPTIONS = dict(
     episodes=64,               # eval: how many are tested
     clip='random:ViT-B/32',    # weights, or a geometry with random ones
 )
+NAMES = [str(i) for i in range(64)]  # of the training classes
 SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
 
 
@@ -365,8 +366,7 @@ def episodes_of(config):
     labels, answers = (torch.arange(config['way'], device=config['device']).repeat_interleave(config[n])
                        for n in ('shot', 'queries'))
     classes = torch.arange(config['way'], device=config['device'])
-    names = [str(i) for i in range(config['way'])]
-    return Episode(labels, classes.expand(config['meta_batch'], -1), names, answers=answers.expand(config['meta_batch'], -1))
+    return Episode(labels, classes.expand(config['meta_batch'], -1), NAMES, answers=answers.expand(config['meta_batch'], -1))
 
 
 def stepper(config, visual, model, batches):
@@ -559,7 +559,7 @@ def methods_(config):
     for name in methods():
         each = config | getattr(find_method(name)[0], 'options', {}) | dict(method=name, temporal_adapter=False)
         try:
-            method = checkpoint.build(each, clip, [str(i) for i in range(64)]).to(device)
+            method = checkpoint.build(each, clip, NAMES).to(device)
         except SystemExit as error:
             print(f'no row {name}: {error}')
             continue
