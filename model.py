@@ -309,8 +309,9 @@ class Episode(NamedTuple):
     def by_class(self, x):
         """Supports (E, S, ...) -> the mean of each way's (E, N, ...), in float32 whatever autocast does."""
         members = F.one_hot(self.labels, self.classes.shape[1]).float()  # (S, N)
+        shares = (members / members.sum(0)).T  # (N, S)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.einsum('es...,sn->en...', x.float(), members / members.sum(0))
+            return (shares @ x.float().flatten(2)).unflatten(2, x.shape[2:])
 
 
 def cosine(x, y):

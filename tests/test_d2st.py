@@ -99,7 +99,7 @@ def test_points_that_stay_are_points_moved_by_nothing():
 def test_all_that_trains_has_a_gradient(offsets):
     _, method = built(offsets=offsets)
     episode = Episode(torch.tensor([0, 0, 1, 1]), torch.tensor([[2, 0], [1, 3]]), NAMES, answers=torch.tensor([[0, 1]] * 2))
-    loss, scores = Step(method)([torch.randn(12, 8, 17, 64)], episode)
+    loss, scores = torch.compile(Step(method), fullgraph=True, backend='eager')([torch.randn(12, 8, 17, 64)], episode)
     loss.backward()
     assert scores.shape == (2, 2, 2)
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}

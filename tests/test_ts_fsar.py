@@ -77,7 +77,7 @@ def test_all_that_trains_has_a_gradient_and_the_loss_is_its_parts():
     clip, method = built(of_channels=3.0, of_ladder=0.5, distill=0.2, soften=2.0)
     x, answers = seen(5), torch.tensor([[1, 0]])
     episode = Episode(torch.tensor([0, 1, 1]), torch.tensor([[2, 0]]), NAMES, answers=answers)
-    loss, scores = Step(method)(x, episode)
+    loss, scores = torch.compile(Step(method), fullgraph=True, backend='eager')(x, episode)
     loss.backward()
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
