@@ -15,8 +15,9 @@ import sys
 import torch
 
 import clip_loader
-from config import LOOK, MACHINE, ROOT, TRAINING, find_method, load_config, methods, name_of, parse
+from config import LOOK, MACHINE, ROOT, TRAINING, each_text, find_method, load_config, name_of, parse, saved_config
 from model import trainable_state
+from tools.weights import read_saved
 
 
 def load_clip(config):
@@ -65,31 +66,28 @@ def freeze(config, clip):
 
 
 def save(path, method, clip, config, **more):
-    """Writes what trains of a method and what it takes to build it again; more: what else train.py goes on from."""
+    """Writes what trains of a method and what it takes to build it again, here or in another clone of the repository: paths
+    inside it are relative to it. more: what else train.py goes on from."""
     config = {key: value for key, value in config.items() if key not in MACHINE}
+    config = each_text(lambda text: text.removeprefix(os.path.join(ROOT, '')), config)
     content = dict(model=trainable_state(method), config=config, names=method.names, weights_hash=clip.weights_hash, **more)
     with whole(path, 'wb') as file:
         torch.save(content, file)
 
 
 def load(path, device='cpu', trusted=None):
-    """The dict that `save` wrote. Stops with one sentence when there is none or it is not a checkpoint, or where its method is
-    a file that is neither this repository's nor `trusted`: a stranger's checkpoint must not choose what code is run."""
+    """The dict that `save` wrote, its config as `saved_config` gives it. Stops with one sentence when there is none or it is no
+    checkpoint, or where its method is a file that is neither this repository's nor `trusted`."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint['model'], checkpoint['weights_hash']
+        checkpoint = read_saved(path, device)
+        checkpoint['model'], checkpoint['weights_hash'], dict(checkpoint['config'])
     except FileNotFoundError:
         sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
-    except Exception as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f'{path} is not a checkpoint of train.py: {type(error).__name__}: {error}')
     if 'names' not in checkpoint:
         sys.exit(f'{path} is from before methods were files of their own: train it again.')
-    code = checkpoint['config']['method']
-    if trusted and name_of(code) == name_of(trusted):  # it may lie elsewhere now
-        code = checkpoint['config']['method'] = trusted
-    if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
-        sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
-    return checkpoint
+    return checkpoint | dict(config=saved_config(checkpoint['config'], path, trusted))
 
 
 def restore(method, clip, checkpoint, path):
@@ -141,9 +139,8 @@ def configure(argv, own):
 
 
 def made(config):
-    """The options of a checkpoint that make its method; one that is newer than the checkpoint has its default."""
-    return {key: config[key] for key in ('method', *LOOK)} | {
-        key: config.get(key, default) for key, default in options_of(config).items()}
+    """The options of a checkpoint that make its method."""
+    return {key: config[key] for key in ('method', *LOOK, *options_of(config))}
 
 
 def options_of(config):

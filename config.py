@@ -168,9 +168,7 @@ def load_config(argv, own=None, saved=None, script=None):
         sys.exit()
     defaults.update(options)
     config = dict(defaults)
-    for key, value in (saved or {}).items():
-        if key in options or (key in DEFAULTS and key not in (*MACHINE, 'prepare')):  # a stranger's may hold anything
-            config[key] = checked(key, value, defaults[key], choices, ROOT, 'the checkpoint')
+    config.update({key: value for key, value in (saved or {}).items() if key in defaults})
     for settings, folder, source in layers:
         for key, value in unfold(settings, defaults, name_of(name)).items():
             if key not in defaults:
@@ -189,6 +187,21 @@ def load_config(argv, own=None, saved=None, script=None):
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
+
+
+def saved_config(saved, path, trusted=None):
+    """The options that a checkpoint at `path` holds, checked: a stranger's may hold anything. One that is newer than the
+    checkpoint has its default; relative paths start at this repository. Stops where its method is a file that is neither the
+    repository's nor `trusted`: a stranger's checkpoint must not choose what code is run."""
+    code = checked('method', saved['method'], '', {}, ROOT, path)
+    if trusted and name_of(code) == name_of(trusted):  # it may lie elsewhere now
+        code = trusted
+    if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
+        sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
+    method = find_method(code)[0]
+    defaults, choices = DEFAULTS | getattr(method, 'options', {}), CHOICES | getattr(method, 'choices', {})
+    known = [key for key in saved if key in defaults and key not in (*MACHINE, 'prepare')]
+    return defaults | {key: checked(key, saved[key], defaults[key], choices, ROOT, path) for key in known} | dict(method=code)
 
 
 def parse(argv):
@@ -287,19 +300,19 @@ def checked(key, value, default, choices, folder, source):
     if key in NOT_NEGATIVE and value is not None and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
-        value = below(folder, value)
+        value = each_text(lambda path: os.path.join(folder, os.path.expanduser(path)), value)
     elif (key == 'clip' and os.path.isfile(os.path.join(folder, value))) or (key == 'method' and value.endswith('.py')):
         value = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     return value
 
 
-def below(folder, paths):
-    """A path, or a list or dict of paths, each from `folder` on if it is relative."""
-    if isinstance(paths, dict):
-        return {key: below(folder, path) for key, path in paths.items()}
-    if isinstance(paths, list):
-        return [below(folder, path) for path in paths]
-    return os.path.join(folder, os.path.expanduser(paths))
+def each_text(change, value):
+    """A value with `change` made to it where it is a text, and to every text in it where it is a list or a dict."""
+    if isinstance(value, dict):
+        return {key: each_text(change, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [each_text(change, item) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def resolve(config):

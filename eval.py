@@ -65,7 +65,7 @@ def save_episodes(path, videos, lists):
 
 def recipe(config):
     """All options of a training but the seed, as one text."""
-    return json.dumps([config.get(key) for key in checkpoint.training_options(config) if key != 'seed'])
+    return json.dumps([config[key] for key in checkpoint.training_options(config) if key != 'seed'])
 
 
 def together(rows, rights, recipes):
@@ -149,7 +149,7 @@ def encode_all(config, found, split):
             methods = [] if tested else testing.untrained(first, clip, split.classes, [config['method']] * (not found))
         for path, saved, own in group:
             method = checkpoint.rebuild(own, clip, saved, path)
-            trained = {key: saved['config'][key] for key in ('shot', 'per_class') if key in saved['config']}
+            trained = {key: saved['config'][key] for key in ('shot', 'per_class')}
             methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
         checkpoint.freeze(config, clip)
         reader = ClipReader(first, clip.visual.image_size)

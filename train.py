@@ -28,7 +28,7 @@ import data
 import encoding
 import ranks
 import testing
-from config import DEFAULTS, amp, find_method, load_config, resolve
+from config import amp, find_method, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
@@ -215,7 +215,7 @@ def validation_of(config, clip, sees, split, reader):
 def resume(config, path, method, clip, optimizer, scaler, state):
     """Goes on from a checkpoint, bit for bit. Stops where its options were others."""
     saved = checkpoint.load(path, trusted=config['method'])
-    before = {**DEFAULTS, **checkpoint.options_of(config), **saved['config']}  # a newer option has its default
+    before = saved['config']
     changed = [key for key in checkpoint.training_options(config) if before[key] != config[key]]
     if changed:
         sys.exit(f'{path} was trained with other options: ' + ', '.join(

@@ -5,12 +5,15 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ import pytest
 import torch
 
 import checkpoint
+import config as config_py
 import data
 import encoding
 import eval as evaluation
@@ -679,11 +683,61 @@ def test_options_that_change_the_answer_alone_may_be_others_in_a_test(world, tmp
 
 def test_an_option_newer_than_a_checkpoint_has_its_default(world, trained, tmp_path):
     saved = torch.load(trained[0] / 'best.pt', weights_only=True)
-    for key in ('cls_token', 'drops'):  # one of VBA's, a common one
+    for key in ('cls_token', 'drops', 'norm'):  # one of VBA's, common ones
         del saved['config'][key]
     torch.save(saved, tmp_path / 'best.pt')
     run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}')
     assert rows_of(tmp_path) == rows_of(trained[0])
+
+
+@pytest.mark.parametrize('option, words', [
+    (dict(frames='8'), "frames='8' must be of type int"), (dict(temp='hot'), 'temp'), (dict(clip=[3]), 'clip=[3]'),
+    (dict(method=[3]), 'method=[3]'), (dict(method='../x.py'), 'a method outside this repository')])
+def test_options_that_no_training_wrote_are_told(world, trained, tmp_path, option, words):
+    saved = torch.load(trained[0] / 'best.pt', weights_only=True)
+    torch.save(saved | dict(config=saved['config'] | option), tmp_path / 'best.pt')
+    stopped = run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', check=False)
+    assert stopped.error.startswith(str(tmp_path / 'best.pt')) and words in stopped.error
+
+
+def test_a_checkpoint_goes_with_another_clone(world, trained, tmp_path, monkeypatch):
+    """Trained in one clone, tested in another that is all there is then; what lies in neither stays where it is."""
+    def clone(name):
+        for path in (*ROOT.glob('*.py'), ROOT / 'methods', world / 'clip.pt', world / 'clips'):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / path.name).symlink_to(path)
+        for module in (config_py, checkpoint):
+            monkeypatch.setattr(module, 'ROOT', str(tmp_path / name))
+
+    clone('first')
+    sample = tmp_path / 'first' / 'sample.py'
+    sample.write_text((world / 'config.py').read_text().replace(f'{world}/', ''))
+    run(train, sample, f'--out_dir={tmp_path / "out"}')
+    shutil.rmtree(tmp_path / 'first')
+    clone('second')
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *SPEED, f'--ckpt={tmp_path / "out" / "best.pt"}'])
+    (tmp_path / 'out' / 'results.json').unlink()
+    evaluation.main()
+    assert rows_of(tmp_path / 'out') == rows_of(trained[0])
+    assert checkpoint.load(str(tmp_path / 'out' / 'best.pt'))['config']['data_root'] == str(tmp_path / 'second' / 'clips')
+    assert checkpoint.load(str(trained[0] / 'best.pt'))['config']['data_root'] == str(world / 'clips')
+
+
+def test_a_damaged_checkpoint_is_refused_and_torchs_advice_not_passed_on(world, trained, tmp_path):
+    """A bit of a weight in the file of a checkpoint and of a CLIP; other files, which torch advises to load by force."""
+    for path, option in ((trained[0] / 'best.pt', 'ckpt'), (world / 'clip.pt', 'clip')):
+        with zipfile.ZipFile(path) as archive:
+            entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content = bytearray(path.read_bytes())
+        content[entry.header_offset + 1000] ^= 1
+        (tmp_path / 'one.pt').write_bytes(content)
+        stopped = run(evaluation, world, f'--{option}={tmp_path / "one.pt"}', check=False)
+        assert f'the checksum of {entry.filename} in it is wrong' in stopped.error
+        for content in (b'<!DOCTYPE html><html>', pickle.dumps(Path('x'), 2), pickle.dumps(dict(model=1), 2), b''):
+            (tmp_path / 'one.pt').write_bytes(content)
+            stopped = run(evaluation, world, f'--{option}={tmp_path / "one.pt"}', check=False)
+            assert str(tmp_path / 'one.pt') in stopped.error
+            assert not any(word in stopped.error for word in ('weights_only', 'False', 'trust', '\n'))
 
 
 def test_checkpoint_of_the_old_format_is_refused_with_a_sentence(world, trained, tmp_path):
