@@ -86,6 +86,7 @@ MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does
     log_interval=10,           # steps between log lines
     out_dir=None,              # checkpoints, log and results; None: runs/<dataset>_<method>
     resume=False,              # go on from out_dir's last checkpoint
+    overwrite=False,           # begin anew where out_dir holds a checkpoint, and replace it
 )
 DEFAULTS = DATA | LOOK | TRAINING | TESTING | MACHINE
 
@@ -200,8 +201,9 @@ def saved_config(saved, path, trusted=None):
         sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
     method = find_method(code)[0]
     defaults, choices = DEFAULTS | getattr(method, 'options', {}), CHOICES | getattr(method, 'choices', {})
-    known = [key for key in saved if key in defaults and key not in (*MACHINE, 'prepare')]
-    return defaults | {key: checked(key, saved[key], defaults[key], choices, ROOT, path) for key in known} | dict(method=code)
+    own = {key: checked(key, saved.get(key, default), default, choices, ROOT, path) for key, default in defaults.items()
+           if key not in (*MACHINE, 'prepare')}
+    return own | dict(method=code)
 
 
 def parse(argv):

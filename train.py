@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=3 train.py sample_configs/diving48.py
 
 Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test);
-with closed_set=True also train_videos.json.
+with closed_set=True also train_videos.json. A folder that holds a checkpoint needs --resume=True or --overwrite=True.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -32,6 +33,11 @@ from config import amp, find_method, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two trainings apart
+    fcntl = None
 
 
 def learning_rate(config, i, lr):
@@ -182,18 +188,46 @@ def open_log(path, iteration):
     return open(path, 'a', buffering=1)
 
 
-def prepare_folder(config, method):
-    """Makes out_dir. Stops where it cannot be written, or the disk is too full for the checkpoints."""
-    folder, rank = config['out_dir'], ranks.rank_of()[0]
+@contextlib.contextmanager
+def claimed(config):
+    """Makes out_dir and keeps other trainings out of it while this one lasts; what then is still empty is removed again. Stops
+    where it cannot be written, another training is at work there, or it holds a checkpoint that nobody gave up."""
+    folder, new = config['out_dir'], not os.path.exists(config['out_dir'])
+    saved = [name for name in ('last.pt', 'best.pt') if os.path.exists(os.path.join(folder, name))]
+    if saved and not config['resume'] and not config['overwrite']:
+        sys.exit(f'{folder} holds {saved[0]} of an earlier training: --resume=True goes on from it, --overwrite=True replaces '
+                 'it, --out_dir= names another folder.')
+    if ranks.rank_of()[0]:
+        yield
+        return
     try:
-        probe = os.path.join(folder, f'writable{rank}')
-        with checkpoint.whole(probe):
-            pass
-        os.remove(probe)
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, 'lock'), 'a+')
     except OSError as error:
-        sys.exit(f'Cannot write into out_dir={folder}: {error}')
+        sys.exit(f'Cannot write into out_dir={folder}: {error.strerror}.')
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+    except BlockingIOError:
+        lock.seek(0)
+        sys.exit(f'{folder} is in use by {lock.read()}: --out_dir= names another folder.')
+    lock.truncate(0)
+    print(f'process {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
+    try:
+        yield
+    finally:
+        lock.close()
+        os.remove(lock.name)
+        if new and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def check_room(config, method):
+    """Stops where the disk is too full for the checkpoints."""
+    folder = config['out_dir']
     needed = 3 * 12 * sum(p.numel() for p in method.parameters() if p.requires_grad)  # best.pt, last.pt and the next one:
-    free = shutil.disk_usage(folder).free                                             # weights and AdamW's two moments
+    there = [os.path.join(folder, name) for name in ('best.pt', 'last.pt')]           # weights and AdamW's two moments
+    free = shutil.disk_usage(folder).free + sum(os.path.getsize(path) for path in there if os.path.exists(path))
     if free < needed:
         sys.exit(f'out_dir={folder} has {free / 1e9:.2f} GB free, but the checkpoints need {needed / 1e9:.2f} GB.')
 
@@ -268,10 +302,8 @@ def signals():
         signal.signal(number, handler)
 
 
-def main():
-    config = load_config(sys.argv[1:])
-    resolve(config)
-    ranks.begin(config)
+def run(config):
+    """Trains in out_dir, validates, and tests the best checkpoint."""
     (rank, world), cuda, out_dir = ranks.rank_of(), config['device'] != 'cpu', config['out_dir']
     if config['meta_batch'] % world:
         sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
@@ -298,7 +330,7 @@ def main():
         data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
     checkpoint.freeze(config, clip)
-    prepare_folder(config, method)
+    check_room(config, method)
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     print(f'{sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in clip.visual.parameters()) / 1e6:.2f} M frozen ones')
@@ -314,8 +346,6 @@ def main():
     last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     if config['resume']:
         resume(config, last, method, clip, optimizer, scaler, state)
-    elif os.path.exists(last):
-        print(f'starting anew: {last} will be overwritten (--resume=True goes on from it)')
     log = open_log(os.path.join(out_dir, 'log.jsonl'), state['iter']) if rank == 0 else open(os.devnull, 'w')
 
     def save(path):
@@ -386,6 +416,14 @@ def main():
         ranks.end()
     finally:
         reader.close()
+
+
+def main():
+    config = load_config(sys.argv[1:])
+    resolve(config)
+    ranks.begin(config)
+    with claimed(config):
+        run(config)
 
 
 if __name__ == '__main__':

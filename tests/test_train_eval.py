@@ -197,9 +197,30 @@ def test_killed_run_resumes_bit_for_bit(world, trained, number):
     assert losses(out_dir) == losses(trained[0]) and same(out_dir / 'last.pt', trained[0] / 'last.pt')
 
 
-def test_full_disk_is_told_at_the_start(world, tmp_path, monkeypatch):
+def test_full_disk_is_told_at_the_start(world, trained, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1000))
-    assert 'GB free, but the checkpoints need' in run(train, world, f'--out_dir={tmp_path}', check=False).error
+    refused = run(train, world, f'--out_dir={tmp_path / "new"}', check=False)
+    assert 'GB free, but the checkpoints need' in refused.error and not (tmp_path / 'new').exists()
+    shutil.copytree(trained[0], tmp_path / 'old')  # its two checkpoints are replaced: room for a third is what is missing
+    size = (tmp_path / 'old' / 'last.pt').stat().st_size
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1.5 * size))
+    run(train, world, f'--out_dir={tmp_path / "old"}', '--resume=True')
+
+
+def test_a_folder_with_a_checkpoint_is_kept(world, trained, tmp_path):
+    """Neither a training after the first nor one beside it gets in; where a run could not begin nothing is left."""
+    before = {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()}
+    refused = run(train, world, f'--out_dir={trained[0]}', check=False)
+    assert f'{trained[0]} holds last.pt' in refused.error and '--overwrite=True' in refused.error
+    assert {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()} == before
+    config = load_config([str(world / 'config.py'), f'--out_dir={tmp_path / "new"}'])
+    with pytest.raises(KeyError), train.claimed(config):
+        beside = run(train, world, f'--out_dir={tmp_path / "new"}', check=False)
+        assert f'is in use by process {os.getpid()} on' in beside.error and os.listdir(tmp_path / 'new') == ['lock']
+        raise KeyError
+    assert not os.listdir(tmp_path)
+    (tmp_path / 'file').touch()
+    assert 'Cannot write into out_dir=' in run(train, world, f'--out_dir={tmp_path / "file"}', check=False).error
 
 
 def test_resume_with_other_options_names_them(world, trained):
@@ -587,8 +608,8 @@ def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, 
 
 def test_one_row_where_queries_never_see_each_other(world, tmp_path):
     for mode in ('inductive', False):
-        run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path}')
-        assert [(row['method'], row['transductive']) for row in rows_of(tmp_path)] == [
+        run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path / str(mode)}')
+        assert [(row['method'], row['transductive']) for row in rows_of(tmp_path / str(mode))] == [
             ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
 
 
