@@ -21,11 +21,14 @@ from tools.weights import read_saved
 
 
 def load_clip(config):
-    """The CLIP that a config names. Stops with one sentence where its weights are not to be had or not right."""
+    """The CLIP that a config names; where config['resize'] is None, it becomes what fits it. Stops with one sentence where its
+    weights are not to be had or not right."""
     try:
-        return clip_loader.load_clip(config['clip'], config['act'], config['image_size'], config['norm'])
+        clip = clip_loader.load_clip(config['clip'], config['act'], config['image_size'], config['norm'])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    config['resize'] = config['resize'] or round(clip.visual.image_size * 256 / 224)
+    return clip
 
 
 def build(config, clip, names):

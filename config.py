@@ -32,7 +32,7 @@ DATA = dict(  # which videos, and where they are
 )
 LOOK = dict(  # what the frozen CLIP sees of a video
     frames=8,                  # T, frames sampled per video
-    resize=256,                # short side of a decoded frame; the crop is the backbone's image size
+    resize=None,               # short side of a decoded frame; None: 256/224 of the crop, which is the backbone's image size
     image_size=None,           # side of the frames' crop; None: the weights' own, another interpolates their positions
     norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
     act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
@@ -97,7 +97,7 @@ CHOICES = dict(
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
-             test_ways=list, image_size=int, workers=int)  # besides None; other options that are None are texts
+             test_ways=list, image_size=int, resize=int, workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops')

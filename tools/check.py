@@ -11,15 +11,17 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import checkpoint
 from config import load_config
 from data import Split, episode, fit_episode, list_videos, load_splits, read_verdicts, verdict_file
 from decode import stamp
 from reader import ClipReader
 
 OPTIONS = dict(
-    sheet=None,                # write this PNG of training clips as the model sees them, instead of the check
+    sheet=None,                # write this PNG of training and test clips as the model sees them, instead of the check
 )
 
 
@@ -36,7 +38,7 @@ def check(config):
         file = open(verdict_file(config), 'a', encoding='ascii')
     except OSError as error:
         sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
-    reader = ClipReader(dict(config, workers=config['workers'] or None), 1)
+    reader = ClipReader(config | dict(workers=config['workers'] or None, resize=config['resize'] or 256), 1)
     try:
         with file:
             for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
@@ -98,22 +100,25 @@ def check(config):
 
 
 def contact_sheet(config, path):
-    """Writes a PNG of training clips as the model sees them, one a row."""
-    split = load_splits(config)['train']
-    size = min(224, config['resize'])
+    """Writes a PNG of training and then of test clips as the model sees them, one a row."""
+    splits, size = load_splits(config), checkpoint.load_clip(config).visual.image_size
+    shown, names = [], []
     reader = ClipReader(config, size)
     try:
-        clips = episode(split, min(config['way'], len(split.classes)), 1, 1, config['seed'], 0)
-        frames, indices = next(reader.stream(split, [(0, clips)], True))
+        for split in [splits[name] for name in ('train', 'test') if splits[name].videos]:
+            clips = [i for members in split.members[:config['way']] for i in members[:2]]
+            frames, indices = next(reader.stream(split, [(0, clips)], split.name == 'train'))
+            shown.append(frames)
+            names += [f'{split.classes[split.labels[i]]} ({split.name})' for i in indices]
     finally:
         reader.close()
-    rows = frames.permute(0, 3, 1, 4, 2).reshape(len(frames) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
+    rows = torch.cat(shown).permute(0, 3, 1, 4, 2).reshape(len(names) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
     codec = av.CodecContext.create('png', 'w')
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *rows.shape[:2], 'rgb24', Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(rows, 'rgb24')
     with open(path, 'wb') as file:
         file.write(b''.join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
-    print(f'{path}: a clip a row, ' + ', '.join(split.classes[split.labels[i]] for i in indices))
+    print(f'{path}: a clip a row, ' + ', '.join(names))
 
 
 def main():
