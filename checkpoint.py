@@ -1,7 +1,7 @@
 """A CLIP and a method: built from a configuration, saved, loaded, told from others.
 
 In reading order: load_clip, build, rebuild, freeze; save, load, restore; configure (checkpoints of a command line);
-fingerprint and the lists of options that must match; whole, save_json (files that are whole or not there).
+fingerprint and the lists of options that must match; make_folder, whole, save_json (files that are whole or not there).
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 
 import torch
 
@@ -187,12 +188,26 @@ def sources(path):
 
 # ---- Files
 
+def make_folder(folder):
+    """Makes an out_dir. Stops where nothing can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        sys.exit(f'Cannot write into out_dir={folder}: {error.strerror}; --out_dir= names another folder.')
+
+
 @contextlib.contextmanager
 def whole(path, mode='w'):
     """A file to write that gets its name at the end: whole or not there."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
-        yield file
+    try:
+        with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+    except OSError as error:
+        error.filename = path  # of a full disk it says none
+        raise
     os.replace(path + '.tmp', path)
 
 

@@ -12,6 +12,7 @@ folder. The result is a plain dict.
 
 import ast
 import difflib
+import errno
 import importlib.util
 import os
 import re
@@ -102,7 +103,7 @@ POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'qu
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
+                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune', 'lr', 'weight_decay')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -148,6 +149,7 @@ def load_config(argv, own=None, saved=None, script=None):
     At --help it prints every option, after the docstring of `script`, a module, else of the main one, and ends. Stops with one
     sentence at an unknown key, a wrong type or an impossible value.
     """
+    sys.excepthook = in_a_sentence
     script = script or sys.modules['__main__']
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
@@ -188,6 +190,16 @@ def load_config(argv, own=None, saved=None, script=None):
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
+
+
+def in_a_sentence(kind, error, trace):
+    """What Python does with an error that ends a script: Ctrl-C and what cannot be written need no traceback."""
+    if kind is KeyboardInterrupt:
+        print('Stopped by Ctrl-C.', file=sys.stderr)
+    elif getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        print(f'Cannot write {error.filename or "what was to be written"}: {error.strerror}.', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def saved_config(saved, path, trusted=None):

@@ -13,9 +13,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
+class Lasting:
+    """Standard output that goes on where its reader has gone (`| head`): what is to be saved is saved all the same."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+
 def begin(config):
     """Joins the processes that torchrun started, if it did; config['device'] becomes this one's. Ranks above 0 print warnings
     alone."""
+    sys.stdout = Lasting(sys.stdout)
     if 'WORLD_SIZE' not in os.environ:
         return
     cuda = config['device'] == 'cuda'

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -33,11 +32,7 @@ from config import amp, find_method, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two trainings apart
-    fcntl = None
+from tools.claim import claimed
 
 
 def learning_rate(config, i, lr):
@@ -188,40 +183,6 @@ def open_log(path, iteration):
     return open(path, 'a', buffering=1)
 
 
-@contextlib.contextmanager
-def claimed(config):
-    """Makes out_dir and keeps other trainings out of it while this one lasts; what then is still empty is removed again. Stops
-    where it cannot be written, another training is at work there, or it holds a checkpoint that nobody gave up."""
-    folder, new = config['out_dir'], not os.path.exists(config['out_dir'])
-    saved = [name for name in ('last.pt', 'best.pt') if os.path.exists(os.path.join(folder, name))]
-    if saved and not config['resume'] and not config['overwrite']:
-        sys.exit(f'{folder} holds {saved[0]} of an earlier training: --resume=True goes on from it, --overwrite=True replaces '
-                 'it, --out_dir= names another folder.')
-    if ranks.rank_of()[0]:
-        yield
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, 'lock'), 'a+')
-    except OSError as error:
-        sys.exit(f'Cannot write into out_dir={folder}: {error.strerror}.')
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
-    except BlockingIOError:
-        lock.seek(0)
-        sys.exit(f'{folder} is in use by {lock.read()}: --out_dir= names another folder.')
-    lock.truncate(0)
-    print(f'process {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
-    try:
-        yield
-    finally:
-        lock.close()
-        os.remove(lock.name)
-        if new and not os.listdir(folder):
-            os.rmdir(folder)
-
-
 def check_room(config, method):
     """Stops where the disk is too full for the checkpoints."""
     folder = config['out_dir']
@@ -238,7 +199,7 @@ def validation_of(config, clip, sees, split, reader):
     kept = encoding.keep_seen(config, clip, split, reader, sees)
     if config['closed_set']:
         return kept, np.arange(len(kept.rows))[:, None], None
-    sizes = data.fit_episode(config, kept.split, min(config['way'], len(split.classes)), 1, config['test_queries'])
+    sizes, = data.try_episodes(config, 'val', kept.split)
     episodes = testing.draw_episodes(kept.split, *sizes, config['seed'], config['val_episodes'])
     needed, episodes = np.unique(episodes, return_inverse=True)  # the other videos need not be encoded each time
     rows = kept.rows[needed]
@@ -314,20 +275,16 @@ def run(config):
     # data, CLIP and the method
     with ranks.rank_0_first():  # it makes or fetches what is missing
         splits, clip = data.load_splits(config), checkpoint.load_clip(config)
-    train, val, test = splits['train'], splits['val'], splits['test']
     if not config['train_groups']:
-        train = dataclasses.replace(train, groups=[])
-    data.check_test(config, test)
+        splits['train'] = dataclasses.replace(splits['train'], groups=[])
+    train, val, test = (splits[use] for use in data.SPLITS)
+    (sizes, *_), *_ = [data.try_episodes(config, use, splits[use]) for use in data.SPLITS]
     tests = [test]
     if config['closed_set']:
-        sizes, unseen = (), splits[data.UNSEEN]
-        data.check_test(config, val)
+        unseen = splits[data.UNSEEN]
         if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
             checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
             tests.append(unseen)
-    else:
-        sizes = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
-        data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
     checkpoint.freeze(config, clip)
     check_room(config, method)
@@ -422,7 +379,8 @@ def main():
     config = load_config(sys.argv[1:])
     resolve(config)
     ranks.begin(config)
-    with claimed(config):
+    alone = claimed(config['out_dir'], config['resume'] or config['overwrite'])
+    with contextlib.nullcontext() if ranks.rank_of()[0] else alone:
         run(config)
 
 

@@ -233,12 +233,12 @@ def mixed(tmp_path):
         os.truncate(path, os.path.getsize(path) * 3 // 4)
         (root / name / 'broken.mp4').write_bytes(b'nothing')
         lines += [f'{name}/{file}.mp4' for file in (0, 1, 2, 3, 'short', 'cut', 'broken', 'gone')]
-    for name in ('up', 'down'):
+    for name in ('up', 'down', 'in', 'out'):
         lines += [write_folder(root / name / str(i), 9)[len(str(root)) + 1:] for i in range(2)]
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
     return dict(DEFAULTS, data_root=str(root), annotations=str(tmp_path / 'list.txt'),
-                splits=dict(train=['left', 'right'], val=['up', 'down']), out_dir=str(tmp_path / 'out'), way=2, shot=2,
-                queries=2, test_shots=[1], resize=48, device='cpu')
+                splits=dict(train=['left', 'right'], val=['up', 'down'], test=['in', 'out']), out_dir=str(tmp_path / 'out'),
+                way=2, shot=2, queries=2, test_shots=[1], resize=48, device='cpu')
 
 
 def test_check(mixed, capsys, monkeypatch):

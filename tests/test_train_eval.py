@@ -1,6 +1,7 @@
 """Training and testing as a user runs them: the scripts themselves, on a few tiny clips and a tiny CLIP with random weights."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ from clip_loader import CLIP
 from config import MACHINE, find_method, load_config, resolve
 from model import Episode, bring, look
 from reader import ClipReader
+from tools.claim import claimed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'demo'))
@@ -207,14 +209,29 @@ def test_full_disk_is_told_at_the_start(world, trained, tmp_path, monkeypatch):
     run(train, world, f'--out_dir={tmp_path / "old"}', '--resume=True')
 
 
+def test_a_disk_that_fills_is_told_in_a_sentence(world, tmp_path, monkeypatch, capsys):
+    """What torch.save says then names no file."""
+    def save(content, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, 'save', save)
+    with pytest.raises(OSError) as full:
+        run(train, world, f'--out_dir={tmp_path}')
+    sys.excepthook(full.type, full.value, full.tb)  # as it is since load_config
+    assert capsys.readouterr().err == f'Cannot write {tmp_path / "best.pt"}: No space left on device.\n'
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == 'Stopped by Ctrl-C.\n'
+    sys.excepthook(ValueError, ValueError('a fault'), None)
+    assert 'ValueError: a fault' in capsys.readouterr().err
+
+
 def test_a_folder_with_a_checkpoint_is_kept(world, trained, tmp_path):
     """Neither a training after the first nor one beside it gets in; where a run could not begin nothing is left."""
     before = {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()}
     refused = run(train, world, f'--out_dir={trained[0]}', check=False)
     assert f'{trained[0]} holds last.pt' in refused.error and '--overwrite=True' in refused.error
     assert {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()} == before
-    config = load_config([str(world / 'config.py'), f'--out_dir={tmp_path / "new"}'])
-    with pytest.raises(KeyError), train.claimed(config):
+    with pytest.raises(KeyError), claimed(str(tmp_path / 'new'), False):
         beside = run(train, world, f'--out_dir={tmp_path / "new"}', check=False)
         assert f'is in use by process {os.getpid()} on' in beside.error and os.listdir(tmp_path / 'new') == ['lock']
         raise KeyError
@@ -635,6 +652,24 @@ def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, script
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('split, few', [('val', 'grow'), ('test', 'fade in')])
+def test_a_split_of_one_class_is_refused_before_training(world, tmp_path, split, few):
+    """Also where episodes may be lowered: of one class every answer is right."""
+    splits = dict(train=['move right', 'move left'], val=['grow', 'shrink'], test=['fade in', 'fade out']) | {split: [few]}
+    for lower, words in ((True, 'is too small for any episode'), (False, 'has 1 classes, too few for 2-way')):
+        refused = run(train, world, f'--splits={splits}', f'--lower={lower}', f'--out_dir={tmp_path}', check=False)
+        assert f'Split {split} {words}' in refused.error and 'encoded' not in refused.output
+
+
+def test_fractions_tell_which_classes_they_dealt(world):
+    config = load_config([str(world / 'config.py'), "--splits={'train': 0.5, 'val': 0.25, 'test': 0.25}"])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        splits = data.load_splits(config)
+    assert output.getvalue().splitlines() == [f'Split {name}, {count} classes: {", ".join(splits[name].classes)}'
+                                              for name, count in (('train', 4), ('val', 2), ('test', 2))]
+
+
 def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train.ranks, 'rank_of', lambda: (0, 2))
     stopped = run(train, world, f'--out_dir={tmp_path}', '--meta_batch=3', check=False)
@@ -672,6 +707,33 @@ def test_eval_without_checkpoint_is_training_free(world):
     run(evaluation, world, f'--out_dir={world / "free"}')
     rows = json.loads((world / 'free' / 'results.json').read_text())
     assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot'}
+
+
+class Gone(io.StringIO):
+    """Standard output whose reader has gone."""
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_results_are_written_whatever_becomes_of_the_output(world, trained, tmp_path, monkeypatch):
+    """Nobody reads on, no picture can be drawn: results.json is whole. Where it cannot lie is told before anything is read."""
+    expected = rows_of(trained[0])
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *SPEED, f'--ckpt={trained[0] / "best.pt"}', f'--out_dir={tmp_path / "head"}'])
+    with contextlib.redirect_stdout(Gone()):
+        evaluation.main()
+    assert rows_of(tmp_path / 'head') == expected
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(evaluation.pictures, 'confusion', lambda *_: 1 / 0)
+        run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', f'--out_dir={tmp_path / "picture"}')
+    assert rows_of(tmp_path / 'picture') == expected
+    (tmp_path / 'file').touch()
+    refused = run(evaluation, world, f'--out_dir={tmp_path / "file"}', check=False)
+    assert f'Cannot write into out_dir={tmp_path / "file"}' in refused.error and 'encoded' not in refused.output
+    done = run(evaluation, world, f'--out_dir={tmp_path / "told"}')
+    assert f'wrote {tmp_path / "told" / "results.json"}' in done.output
 
 
 def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):

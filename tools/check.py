@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import load_config
-from data import Split, episode, fit_episode, list_videos, load_splits, read_verdicts, verdict_file
+from data import SPLITS, Split, list_videos, load_splits, read_verdicts, sizes_of, try_episodes, verdict_file
 from decode import stamp
 from reader import ClipReader
 
@@ -30,6 +30,7 @@ def check(config):
 
     Verdicts are kept as they come: a second run opens only what is new. Stops with status 1 if no model can be trained.
     """
+    checkpoint.make_folder(config['out_dir'])
     listing, verdicts = list_videos(config), read_verdicts(config)
     found = {video: stamp(video) for _, listed in listing.values() for _, _, video in listed if video}
     todo = [video for video, key in found.items() if key not in verdicts]
@@ -66,7 +67,6 @@ def check(config):
               f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
         splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
     report = os.path.join(config['out_dir'], 'check.txt')
-    os.makedirs(config['out_dir'], exist_ok=True)
     with open(report, 'w', encoding='utf-8', errors='surrogateescape') as file:
         file.writelines(line + '\n' for line in bad)
     for line in bad[:5]:
@@ -74,26 +74,19 @@ def check(config):
     if bad:
         print(f'All {len(bad)} of them, one a line: {report}')
 
-    way, shot, queries = config['way'], config['shot'], config['queries']
-    needs = dict(train=(way, shot, queries), val=(way, 1, config['test_queries']),
-                 test=(way, max(config['test_shots']), config['test_queries']))
     stop = None
-    if config['closed_set']:
-        needs, empty = {}, [split for split in ('train', 'val', 'test') if not splits[split].videos]
-        stop = f'split {empty[0]} has no video.' if empty else None
-    for split, (way, shot, queries) in needs.items():
-        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
+    for use in SPLITS:
+        _, shot, queries = max(sizes_of(config, use, splits[use]), key=sum)
+        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[use].classes, splits[use].members)
                if len(found) < shot + queries]
-        if few:
-            print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
+        if few and not config['closed_set']:
+            print(f'{use}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
                   f'{", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
-        if split == 'val':
-            way = min(way, len(splits[split].classes) or way)
         try:
-            episode(splits[split], *fit_episode(config, splits[split], way, shot, queries), config['seed'], 0)
+            try_episodes(config, use, splits[use])
         except SystemExit as error:
-            print(f'{split}: {error}')
-            stop = stop or (str(error) if split != 'test' else None)
+            print(f'{use}: {error}')
+            stop = stop or error
     if stop:
         sys.exit(f'{config["dataset"] or "This"} cannot be trained: {stop}')
     print(f'{config["dataset"] or "This"} can be trained.')
