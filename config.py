@@ -12,11 +12,12 @@ folder. The result is a plain dict.
 
 import ast
 import difflib
-import errno
 import importlib.util
 import os
 import re
 import sys
+
+from tools.console import in_a_sentence
 
 DATA = dict(  # which videos, and where they are
     dataset='',                # the name printed beside every number
@@ -190,16 +191,6 @@ def load_config(argv, own=None, saved=None, script=None):
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
-
-
-def in_a_sentence(kind, error, trace):
-    """What Python does with an error that ends a script: Ctrl-C and what cannot be written need no traceback."""
-    if kind is KeyboardInterrupt:
-        print('Stopped by Ctrl-C.', file=sys.stderr)
-    elif getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        print(f'Cannot write {error.filename or "what was to be written"}: {error.strerror}.', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def saved_config(saved, path, trusted=None):

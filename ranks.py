@@ -12,20 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-
-class Lasting:
-    """Standard output that goes on where its reader has gone (`| head`): what is to be saved is saved all the same."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.flush()
+from tools.console import Lasting
 
 
 def begin(config):

@@ -368,9 +368,8 @@ def run(config):
             encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
             rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:
-            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)
-        ranks.end()
+            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
     finally:
         reader.close()
 
@@ -382,6 +381,7 @@ def main():
     alone = claimed(config['out_dir'], config['resume'] or config['overwrite'])
     with contextlib.nullcontext() if ranks.rank_of()[0] else alone:
         run(config)
+    ranks.end()  # once nothing holds what it ends: the module that adds up gradients did
 
 
 if __name__ == '__main__':
