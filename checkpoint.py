@@ -1,7 +1,7 @@
 """A CLIP and a method: built from a configuration, saved, loaded, told from others.
 
 In reading order: load_clip, build, rebuild, freeze; save, load, restore; configure (checkpoints of a command line);
-fingerprint and the lists of options that must match; whole, save_json (files that are whole or not there).
+fingerprint and the lists of options that must match; make_folder, whole, save_json (files that are whole or not there).
 """
 
 import contextlib
@@ -11,20 +11,25 @@ import json
 import os
 import re
 import sys
+import tempfile
 
 import torch
 
 import clip_loader
-from config import LOOK, MACHINE, ROOT, TRAINING, find_method, load_config, methods, name_of, parse
+from config import LOOK, MACHINE, ROOT, TRAINING, each_text, find_method, load_config, name_of, parse, saved_config
 from model import trainable_state
+from tools.weights import read_saved
 
 
 def load_clip(config):
-    """The CLIP that a config names. Stops with one sentence where its weights are not to be had or not right."""
+    """The CLIP that a config names; where config['resize'] is None, it becomes what fits it. Stops with one sentence where its
+    weights are not to be had or not right."""
     try:
-        return clip_loader.load_clip(config['clip'], config['act'], config['image_size'], config['norm'])
+        clip = clip_loader.load_clip(config['clip'], config['act'], config['image_size'], config['norm'])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    config['resize'] = config['resize'] or round(clip.visual.image_size * 256 / 224)
+    return clip
 
 
 def build(config, clip, names):
@@ -65,31 +70,28 @@ def freeze(config, clip):
 
 
 def save(path, method, clip, config, **more):
-    """Writes what trains of a method and what it takes to build it again; more: what else train.py goes on from."""
+    """Writes what trains of a method and what it takes to build it again, here or in another clone of the repository: paths
+    inside it are relative to it. more: what else train.py goes on from."""
     config = {key: value for key, value in config.items() if key not in MACHINE}
+    config = each_text(lambda text: text.removeprefix(os.path.join(ROOT, '')), config)
     content = dict(model=trainable_state(method), config=config, names=method.names, weights_hash=clip.weights_hash, **more)
     with whole(path, 'wb') as file:
         torch.save(content, file)
 
 
 def load(path, device='cpu', trusted=None):
-    """The dict that `save` wrote. Stops with one sentence when there is none or it is not a checkpoint, or where its method is
-    a file that is neither this repository's nor `trusted`: a stranger's checkpoint must not choose what code is run."""
+    """The dict that `save` wrote, its config as `saved_config` gives it. Stops with one sentence when there is none or it is no
+    checkpoint, or where its method is a file that is neither this repository's nor `trusted`."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint['model'], checkpoint['weights_hash']
+        checkpoint = read_saved(path, device)
+        checkpoint['model'], checkpoint['weights_hash'], dict(checkpoint['config'])
     except FileNotFoundError:
         sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
-    except Exception as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f'{path} is not a checkpoint of train.py: {type(error).__name__}: {error}')
     if 'names' not in checkpoint:
         sys.exit(f'{path} is from before methods were files of their own: train it again.')
-    code = checkpoint['config']['method']
-    if trusted and name_of(code) == name_of(trusted):  # it may lie elsewhere now
-        code = checkpoint['config']['method'] = trusted
-    if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
-        sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
-    return checkpoint
+    return checkpoint | dict(config=saved_config(checkpoint['config'], path, trusted))
 
 
 def restore(method, clip, checkpoint, path):
@@ -141,9 +143,8 @@ def configure(argv, own):
 
 
 def made(config):
-    """The options of a checkpoint that make its method; one that is newer than the checkpoint has its default."""
-    return {key: config[key] for key in ('method', *LOOK)} | {
-        key: config.get(key, default) for key, default in options_of(config).items()}
+    """The options of a checkpoint that make its method."""
+    return {key: config[key] for key in ('method', *LOOK, *options_of(config))}
 
 
 def options_of(config):
@@ -187,12 +188,26 @@ def sources(path):
 
 # ---- Files
 
+def make_folder(folder):
+    """Makes an out_dir. Stops where nothing can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        sys.exit(f'Cannot write into out_dir={folder}: {error.strerror}; --out_dir= names another folder.')
+
+
 @contextlib.contextmanager
 def whole(path, mode='w'):
     """A file to write that gets its name at the end: whole or not there."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
-        yield file
+    try:
+        with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+    except OSError as error:
+        error.filename = path  # of a full disk it says none
+        raise
     os.replace(path + '.tmp', path)
 
 

@@ -177,7 +177,7 @@ def find_weights(source):
         sha256, file = MODELS[source][0], re.sub('[/@]', '-', source) + '.pt'
         return fetch(f'{ADDRESS}/{sha256}/{file}', os.path.join(cache_folder(), file), sha256)
     if not os.path.isfile(source):
-        raise FileNotFoundError(f'There is no CLIP file {source!r}; the names are {", ".join(MODELS)} and random:<name>.')
+        raise FileNotFoundError(f'There is no CLIP file {source!r}; --clip= names another, {", ".join(MODELS)}, random:<name>.')
     return source
 
 

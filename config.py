@@ -17,6 +17,8 @@ import os
 import re
 import sys
 
+from tools.console import in_a_sentence
+
 DATA = dict(  # which videos, and where they are
     dataset='',                # the name printed beside every number
     data_root='data',          # the folder that holds the videos
@@ -32,7 +34,7 @@ DATA = dict(  # which videos, and where they are
 )
 LOOK = dict(  # what the frozen CLIP sees of a video
     frames=8,                  # T, frames sampled per video
-    resize=256,                # short side of a decoded frame; the crop is the backbone's image size
+    resize=None,               # short side of a decoded frame; None: 256/224 of the crop, which is the backbone's image size
     image_size=None,           # side of the frames' crop; None: the weights' own, another interpolates their positions
     norm='clip',               # pixel mean and std: 'clip', or 'imagenet' as in the thesis
     act=None,                  # 'quick_gelu' or 'gelu'; None: what the weights' source used
@@ -86,6 +88,7 @@ MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does
     log_interval=10,           # steps between log lines
     out_dir=None,              # checkpoints, log and results; None: runs/<dataset>_<method>
     resume=False,              # go on from out_dir's last checkpoint
+    overwrite=False,           # begin anew where out_dir holds a checkpoint, and replace it
 )
 DEFAULTS = DATA | LOOK | TRAINING | TESTING | MACHINE
 
@@ -96,12 +99,12 @@ CHOICES = dict(
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
-             test_ways=list, image_size=int, workers=int)  # besides None; other options that are None are texts
+             test_ways=list, image_size=int, resize=int, workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
+                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune', 'lr', 'weight_decay')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
          'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -147,6 +150,7 @@ def load_config(argv, own=None, saved=None, script=None):
     At --help it prints every option, after the docstring of `script`, a module, else of the main one, and ends. Stops with one
     sentence at an unknown key, a wrong type or an impossible value.
     """
+    sys.excepthook = in_a_sentence
     script = script or sys.modules['__main__']
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
@@ -168,9 +172,7 @@ def load_config(argv, own=None, saved=None, script=None):
         sys.exit()
     defaults.update(options)
     config = dict(defaults)
-    for key, value in (saved or {}).items():
-        if key in options or (key in DEFAULTS and key not in (*MACHINE, 'prepare')):  # a stranger's may hold anything
-            config[key] = checked(key, value, defaults[key], choices, ROOT, 'the checkpoint')
+    config.update({key: value for key, value in (saved or {}).items() if key in defaults})
     for settings, folder, source in layers:
         for key, value in unfold(settings, defaults, name_of(name)).items():
             if key not in defaults:
@@ -189,6 +191,22 @@ def load_config(argv, own=None, saved=None, script=None):
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
+
+
+def saved_config(saved, path, trusted=None):
+    """The options that a checkpoint at `path` holds, checked: a stranger's may hold anything. One that is newer than the
+    checkpoint has its default; relative paths start at this repository. Stops where its method is a file that is neither the
+    repository's nor `trusted`: a stranger's checkpoint must not choose what code is run."""
+    code = checked('method', saved['method'], '', {}, ROOT, path)
+    if trusted and name_of(code) == name_of(trusted):  # it may lie elsewhere now
+        code = trusted
+    if code not in methods() and os.path.dirname(code) != ROOT and code != trusted:
+        sys.exit(f'{path} is of a method outside this repository: say --method={code} if you trust that file.')
+    method = find_method(code)[0]
+    defaults, choices = DEFAULTS | getattr(method, 'options', {}), CHOICES | getattr(method, 'choices', {})
+    own = {key: checked(key, saved.get(key, default), default, choices, ROOT, path) for key, default in defaults.items()
+           if key not in (*MACHINE, 'prepare')}
+    return own | dict(method=code)
 
 
 def parse(argv):
@@ -287,19 +305,19 @@ def checked(key, value, default, choices, folder, source):
     if key in NOT_NEGATIVE and value is not None and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
-        value = below(folder, value)
+        value = each_text(lambda path: os.path.join(folder, os.path.expanduser(path)), value)
     elif (key == 'clip' and os.path.isfile(os.path.join(folder, value))) or (key == 'method' and value.endswith('.py')):
         value = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     return value
 
 
-def below(folder, paths):
-    """A path, or a list or dict of paths, each from `folder` on if it is relative."""
-    if isinstance(paths, dict):
-        return {key: below(folder, path) for key, path in paths.items()}
-    if isinstance(paths, list):
-        return [below(folder, path) for path in paths]
-    return os.path.join(folder, os.path.expanduser(paths))
+def each_text(change, value):
+    """A value with `change` made to it where it is a text, and to every text in it where it is a list or a dict."""
+    if isinstance(value, dict):
+        return {key: each_text(change, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [each_text(change, item) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def resolve(config):

@@ -89,6 +89,9 @@ def list_videos(config):
     root = config['data_root'].rstrip('/')
     if unknown := set(config['splits'] or {}) - set(SPLITS):
         sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, unknown)))}.')
+    parts = list((config['splits'] or {}).values())
+    if not all(isinstance(part, list) for part in parts) and not all(type(part) in (int, float) for part in parts):
+        sys.exit(f'splits={config["splits"]!r}: name the classes of each in a list, or give a fraction for each.')
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
@@ -116,9 +119,9 @@ def closed_set(config, by_class, names):
 
     The unseen classes are those of splits' test, with all their videos.
     """
-    parts = {split: flat(part) if isinstance(part, list) else part for split, part in (config['splits'] or {}).items()}
-    if any(isinstance(part, float) for part in parts.values()):
+    if not all(isinstance(part, list) for part in (config['splits'] or {}).values()):
         sys.exit('splits: with closed_set=True holdout gives the shares; splits may only name classes.')
+    parts = {split: flat(part) for split, part in (config['splits'] or {}).items()}
     check_names(parts)
     if any(isinstance(rows[0][0], int) for rows in by_class.values()):
         sys.exit('annotations: a list gives numbers for the classes and none gives names: add one, such as classInd.txt.')
@@ -211,7 +214,7 @@ def split_classes(config, by_class):
         if not splits['train']:
             sys.exit('splits is not set: name the classes, splits=dict(train=[...], val=[...], test=[...]), or give fractions, '
                      'splits=dict(train=0.6, val=0.2, test=0.2).')
-    if any(isinstance(part, float) for part in splits.values()):
+    if not all(isinstance(part, list) for part in splits.values()):
         names = [by_class[key][0][0] for key in sorted(by_class)]
         random.Random(config['seed']).shuffle(names)
         if sum(splits.values()) > 1 + 1e-9:
@@ -222,6 +225,8 @@ def split_classes(config, by_class):
             sys.exit(f'{config["data_root"]} has {len(names)} classes, too few for {len(sizes)} splits: each needs 2.')
         sizes['train'] = min(sizes.get('train', 0), rest)
         splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
+        for split, dealt in splits.items():
+            print(f'Split {split}, {len(dealt)} classes: {", ".join(map(str, dealt))}', flush=True)
     splits = {split: flat(names) for split, names in splits.items()}
     check_names(splits)
     return {split: splits.get(split, []) for split in SPLITS}
@@ -344,7 +349,7 @@ def episode(split, way, shot, queries, seed, number):
     """
     if split.most_ways < way:
         groups = f' in {len(split.groups)} groups, the smallest of {min(map(len, split.groups))}' if split.groups else ''
-        sys.exit(f'Split {split.name} has {len(split.classes)} classes{groups}, too few for {way}-way episodes: lower way.')
+        sys.exit(f'Split {split.name} has {len(split.classes)} classes{groups}, too few for {way}-way episodes.')
     smallest = min(range(len(split.classes)), key=lambda label: len(split.members[label]))
     videos = len(split.members[smallest])
     if videos < shot + queries:
@@ -396,13 +401,27 @@ def fit_episode(config, split, way, shot, queries):
     return way, shot, queries
 
 
-def check_test(config, split):
-    """Stops where a size of test episode cannot be drawn of a split: before the videos are read, not after."""
-    if config['closed_set'] and not split.videos:
-        sys.exit(f'Split {split.name} has no video: raise its share in holdout, or give a list of its videos in annotations.')
-    if not config['lower'] and not config['closed_set']:
-        for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
-            episode(split, way, shot, config['test_queries'], config['seed'], 0)
+def sizes_of(config, use, split):
+    """The episodes that are asked of a split used to 'train', as 'val' or as 'test' -> [(way, shot, queries), ...]."""
+    if use == 'train':
+        return [(config['way'], config['shot'], config['queries'])]
+    if use == 'val':  # at least 2-way: 1-way is always right
+        return [(max(2, min(config['way'], len(split.classes))), 1, config['test_queries'])]
+    ways = config['test_ways'] or [config['way']]
+    return [(way, shot, config['test_queries']) for way, shot in itertools.product(ways, config['test_shots'])]
+
+
+def try_episodes(config, use, split):
+    """The same as they can be drawn (see fit_episode); of a closed set [()]. Stops where one cannot be drawn, or a closed set's
+    split is empty: before the videos are read, not after."""
+    if config['closed_set']:
+        if not split.videos:
+            sys.exit(f'Split {split.name} has no video: raise its share in holdout, or list its videos in annotations.')
+        return [()]
+    found = [fit_episode(config, split, *sizes) for sizes in sizes_of(config, use, split)]
+    for sizes in found:
+        episode(split, *sizes, config['seed'], 0)
+    return found
 
 
 # ---- What tools/check.py found

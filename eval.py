@@ -65,7 +65,7 @@ def save_episodes(path, videos, lists):
 
 def recipe(config):
     """All options of a training but the seed, as one text."""
-    return json.dumps([config.get(key) for key in checkpoint.training_options(config) if key != 'seed'])
+    return json.dumps([config[key] for key in checkpoint.training_options(config) if key != 'seed'])
 
 
 def together(rows, rights, recipes):
@@ -149,7 +149,7 @@ def encode_all(config, found, split):
             methods = [] if tested else testing.untrained(first, clip, split.classes, [config['method']] * (not found))
         for path, saved, own in group:
             method = checkpoint.rebuild(own, clip, saved, path)
-            trained = {key: saved['config'][key] for key in ('shot', 'per_class') if key in saved['config']}
+            trained = {key: saved['config'][key] for key in ('shot', 'per_class')}
             methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
         checkpoint.freeze(config, clip)
         reader = ClipReader(first, clip.visual.image_size)
@@ -174,7 +174,8 @@ def main():
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
     if not given:
-        data.check_test(config, split)
+        data.try_episodes(config, 'test', split)
+    checkpoint.make_folder(config['out_dir'])
     warn_of_trained(found, split)
     tested, rows_of_videos = encode_all(config, found, split)
     readable = None if config['closed_set'] else subset(split, rows_of_videos)
@@ -183,19 +184,21 @@ def main():
     if not rows:
         sys.exit('No method here can answer with these classes.')
     if ranks.rank_of()[0] == 0:
-        print_pairs(rows, rights)
         rows += together(rows, rights, {path: recipe(saved['config']) for path, saved, _ in found})
-        plain = [row for row in rows if ', queries' not in row['method']][-1]
-        print_mistakes(plain)
-        pictures.confusion(plain, os.path.join(config['out_dir'], 'confusion.png'))
         across = any(saved['config']['dataset'] != config['dataset'] for _, saved, _ in found)
         name = f'results_{config["dataset"]}.json' if across else 'results.json'
         if config['closed_set'] and not across:  # what training wrote has the unseen classes too
             name = f'results_{split.name}.json'
-        checkpoint.save_json(os.path.join(config['out_dir'], name), rows)
+        path = os.path.join(config['out_dir'], name)
+        checkpoint.save_json(path, rows)  # before anything that may go wrong
         if listed and not given:
             save_episodes(listed, readable, used)
             print(f'wrote the episodes into {listed}')
+        print_pairs(rows[:len(rights)], rights)
+        plain = [row for row in rows if ', queries' not in row['method']][-1]
+        print_mistakes(plain)
+        pictures.confusion(plain, os.path.join(config['out_dir'], 'confusion.png'))
+        print(f'wrote {path}')
     ranks.end()
 
 

@@ -191,8 +191,8 @@ def evaluate(config, tested, split, rows_of_videos, lists=None):
     missing, split = len(split.videos) - len(rows_of_videos), encoding.subset(split, rows_of_videos)
     rows, rights, used = [], [], {}
     copies = len(orders_of(config))
-    for way, shot in itertools.product(config['test_ways'] or [config['way']], config['test_shots']):
-        way, shot, queries = sizes = data.fit_episode(config, split, way, shot, config['test_queries'])
+    for asked in data.sizes_of(config, 'test', split):
+        way, shot, queries = sizes = data.fit_episode(config, split, *asked)
         if sizes in used:  # lowered to the same
             continue
         if lists and sizes not in lists:

@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=3 train.py sample_configs/diving48.py
 
 Writes into out_dir: log.jsonl, last.pt (to go on from), best.pt (best on the validation classes), results.json (the test);
-with closed_set=True also train_videos.json.
+with closed_set=True also train_videos.json. A folder that holds a checkpoint needs --resume=True or --overwrite=True.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ import data
 import encoding
 import ranks
 import testing
-from config import DEFAULTS, amp, find_method, load_config, resolve
+from config import amp, find_method, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
+from tools.claim import claimed
 
 
 def learning_rate(config, i, lr):
@@ -182,18 +183,12 @@ def open_log(path, iteration):
     return open(path, 'a', buffering=1)
 
 
-def prepare_folder(config, method):
-    """Makes out_dir. Stops where it cannot be written, or the disk is too full for the checkpoints."""
-    folder, rank = config['out_dir'], ranks.rank_of()[0]
-    try:
-        probe = os.path.join(folder, f'writable{rank}')
-        with checkpoint.whole(probe):
-            pass
-        os.remove(probe)
-    except OSError as error:
-        sys.exit(f'Cannot write into out_dir={folder}: {error}')
+def check_room(config, method):
+    """Stops where the disk is too full for the checkpoints."""
+    folder = config['out_dir']
     needed = 3 * 12 * sum(p.numel() for p in method.parameters() if p.requires_grad)  # best.pt, last.pt and the next one:
-    free = shutil.disk_usage(folder).free                                             # weights and AdamW's two moments
+    there = [os.path.join(folder, name) for name in ('best.pt', 'last.pt')]           # weights and AdamW's two moments
+    free = shutil.disk_usage(folder).free + sum(os.path.getsize(path) for path in there if os.path.exists(path))
     if free < needed:
         sys.exit(f'out_dir={folder} has {free / 1e9:.2f} GB free, but the checkpoints need {needed / 1e9:.2f} GB.')
 
@@ -204,7 +199,7 @@ def validation_of(config, clip, sees, split, reader):
     kept = encoding.keep_seen(config, clip, split, reader, sees)
     if config['closed_set']:
         return kept, np.arange(len(kept.rows))[:, None], None
-    sizes = data.fit_episode(config, kept.split, min(config['way'], len(split.classes)), 1, config['test_queries'])
+    sizes, = data.try_episodes(config, 'val', kept.split)
     episodes = testing.draw_episodes(kept.split, *sizes, config['seed'], config['val_episodes'])
     needed, episodes = np.unique(episodes, return_inverse=True)  # the other videos need not be encoded each time
     rows = kept.rows[needed]
@@ -215,7 +210,7 @@ def validation_of(config, clip, sees, split, reader):
 def resume(config, path, method, clip, optimizer, scaler, state):
     """Goes on from a checkpoint, bit for bit. Stops where its options were others."""
     saved = checkpoint.load(path, trusted=config['method'])
-    before = {**DEFAULTS, **checkpoint.options_of(config), **saved['config']}  # a newer option has its default
+    before = saved['config']
     changed = [key for key in checkpoint.training_options(config) if before[key] != config[key]]
     if changed:
         sys.exit(f'{path} was trained with other options: ' + ', '.join(
@@ -268,10 +263,8 @@ def signals():
         signal.signal(number, handler)
 
 
-def main():
-    config = load_config(sys.argv[1:])
-    resolve(config)
-    ranks.begin(config)
+def run(config):
+    """Trains in out_dir, validates, and tests the best checkpoint."""
     (rank, world), cuda, out_dir = ranks.rank_of(), config['device'] != 'cpu', config['out_dir']
     if config['meta_batch'] % world:
         sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
@@ -282,23 +275,19 @@ def main():
     # data, CLIP and the method
     with ranks.rank_0_first():  # it makes or fetches what is missing
         splits, clip = data.load_splits(config), checkpoint.load_clip(config)
-    train, val, test = splits['train'], splits['val'], splits['test']
     if not config['train_groups']:
-        train = dataclasses.replace(train, groups=[])
-    data.check_test(config, test)
+        splits['train'] = dataclasses.replace(splits['train'], groups=[])
+    train, val, test = (splits[use] for use in data.SPLITS)
+    (sizes, *_), *_ = [data.try_episodes(config, use, splits[use]) for use in data.SPLITS]
     tests = [test]
     if config['closed_set']:
-        sizes, unseen = (), splits[data.UNSEEN]
-        data.check_test(config, val)
+        unseen = splits[data.UNSEEN]
         if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
             checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
             tests.append(unseen)
-    else:
-        sizes = data.fit_episode(config, train, config['way'], config['shot'], config['queries'])
-        data.episode(train, *sizes, config['seed'], 0)  # stops here if no such episode can be drawn
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
     checkpoint.freeze(config, clip)
-    prepare_folder(config, method)
+    check_room(config, method)
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     print(f'{sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6:.2f} M parameters train beside '
           f'{sum(p.numel() for p in clip.visual.parameters()) / 1e6:.2f} M frozen ones')
@@ -314,8 +303,6 @@ def main():
     last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     if config['resume']:
         resume(config, last, method, clip, optimizer, scaler, state)
-    elif os.path.exists(last):
-        print(f'starting anew: {last} will be overwritten (--resume=True goes on from it)')
     log = open_log(os.path.join(out_dir, 'log.jsonl'), state['iter']) if rank == 0 else open(os.devnull, 'w')
 
     def save(path):
@@ -381,11 +368,20 @@ def main():
             encoded, rows_of_videos = testing.encode(config, clip, tested, split, reader)
             rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:
-            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)
-        ranks.end()
+            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
     finally:
         reader.close()
+
+
+def main():
+    config = load_config(sys.argv[1:])
+    resolve(config)
+    ranks.begin(config)
+    alone = claimed(config['out_dir'], config['resume'] or config['overwrite'])
+    with contextlib.nullcontext() if ranks.rank_of()[0] else alone:
+        run(config)
+    ranks.end()  # once nothing holds what it ends: the module that adds up gradients did
 
 
 if __name__ == '__main__':

@@ -6,13 +6,13 @@ published code: numbers in brackets are the paper's equations, and what it leave
 """
 
 import copy
-import pickle
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model import Block, cosine, cross_entropy
+from tools.weights import read_saved
 
 
 class TWS(nn.Module):
@@ -154,8 +154,8 @@ class Method(nn.Module):
         """Fills what stage 1 trains from its checkpoint."""
         own = {name: x.shape for name, x in self.state_dict().items() if name.startswith(('end.', 'auxiliary.'))}
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True)['model']
-        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError) as error:
+            state = read_saved(path)['model']
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f'start={path} is no checkpoint of train.py: {type(error).__name__}: {error}') from error
         if own != {name: x.shape for name, x in state.items()}:
             raise ValueError(f'start={path} is no checkpoint of stage 1 with as many classes and frames and this width.')

@@ -260,7 +260,8 @@ def test_help_of_a_real_process(tmp_path):
 @pytest.mark.parametrize('option, words', [
     ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('--key=value',)), ('--lr=fast', ('lr', 'float')),
     ('--way=2.5', ('way', 'int')), ('--cross_video=True', ('cross_video', "'inductive'")),
-    ('--way=0', ('way', 'positive')), ('--flip=1', ('flip', 'bool')),
+    ('--way=0', ('way', 'positive')), ('--lr=-1', ('lr', 'negative')), ('--weight_decay=-1', ('weight_decay', 'negative')),
+    ('--flip=1', ('flip', 'bool')),
     ('--splits=3', ('splits', 'int')), ('--device=cuda:1', ('device', "'cuda'")),
     ('--test_shots=[1,0]', ('test_shots', 'positive')), ('--test_shots=[]', ('test_shots', 'positive')),
     ('--templates=[]', ('templates', 'strings')), ('--query=[1]', ('query', 'strings')),

@@ -232,7 +232,10 @@ def test_fractions_and_bad_splits(folder, tmp_path):
     for options, message in ((dict(splits=dict(train=['turn lfet'])), "'turn lfet' of split train has no video.*Turn_Left"),
                              (dict(splits=dict(train=['jump'], test=['Jump'])), 'stands in train and in test'),
                              (dict(splits=dict(train=0.9, test=0.9)), '1.8'), (dict(splits=dict(trian=['jump'])), 'trian'),
-                             (dict(splits=parts), 'has 3 classes, too few for 3 splits'), (dict(), 'splits is not set')):
+                             (dict(splits=parts), 'has 3 classes, too few for 3 splits'), (dict(), 'splits is not set'),
+                             *((dict(splits=part), 'in a list, or give a fraction for each') for part in (
+                                 dict(train='jump'), dict(train=0.5, val=['jump']), dict(train=None))),
+                             (dict(splits=dict(train=3)), 'add up to 3, more than 1')):
         with pytest.raises(SystemExit, match=message):
             data.load_splits(make_config(folder, **options))
     with pytest.raises(SystemExit, match='no folder'):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
 import decode
 import reader
@@ -232,12 +233,12 @@ def mixed(tmp_path):
         os.truncate(path, os.path.getsize(path) * 3 // 4)
         (root / name / 'broken.mp4').write_bytes(b'nothing')
         lines += [f'{name}/{file}.mp4' for file in (0, 1, 2, 3, 'short', 'cut', 'broken', 'gone')]
-    for name in ('up', 'down'):
+    for name in ('up', 'down', 'in', 'out'):
         lines += [write_folder(root / name / str(i), 9)[len(str(root)) + 1:] for i in range(2)]
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
     return dict(DEFAULTS, data_root=str(root), annotations=str(tmp_path / 'list.txt'),
-                splits=dict(train=['left', 'right'], val=['up', 'down']), out_dir=str(tmp_path / 'out'), way=2, shot=2,
-                queries=2, test_shots=[1], resize=48, device='cpu')
+                splits=dict(train=['left', 'right'], val=['up', 'down'], test=['in', 'out']), out_dir=str(tmp_path / 'out'),
+                way=2, shot=2, queries=2, test_shots=[1], resize=48, device='cpu')
 
 
 def test_check(mixed, capsys, monkeypatch):
@@ -325,7 +326,7 @@ def test_lowered_episodes(capsys):
 def test_frames_on_disk(tmp_path):
     paths = [write_clip(tmp_path / f'{i}.mp4', frames=40, size=(96, 72)) for i in range(3)] + [write_folder(tmp_path / 'f', 9)]
     videos = [decode.Video(path) for path in paths]
-    config = dict(DEFAULTS, cache_dir=str(tmp_path / 'cache'), cache_frames=16)
+    config = dict(DEFAULTS, resize=256, cache_dir=str(tmp_path / 'cache'), cache_frames=16)
     requests = [(video, seed) for video in videos for seed in (None, [1], [2])]
 
     def clips(**options):
@@ -397,7 +398,30 @@ def test_flipping_classes_that_name_a_side_warns(capsys):
 
 
 def test_contact_sheet(mixed, tmp_path):
-    config = dict(mixed, annotations=None, splits=dict(train=['left']), flip=False)  # fewer classes than ways
+    """Of the demo's CLIP of 64 pixels: as large as what it sees, of frames decoded at 256/224 of that."""
+    config = dict(mixed, annotations=None, splits=dict(train=['left'], test=['right', 'up']), flip=False, workers=0,
+                  clip=os.path.join(ROOT, 'demo', 'tiny_clip.pt'), resize=None)
     check.contact_sheet(config, str(tmp_path / 'sheet.png'))
     sheet = decode.read_image(str(tmp_path / 'sheet.png'), 10**6)
-    assert sheet.shape == (2 * 48, 8 * 48, 3) and sheet.std() > 20
+    assert sheet.shape == (6 * 64, 8 * 64, 3) and config['resize'] == 73
+    maker = reader.ClipMaker(dict(config, resize=73), 64)
+    for row, video in enumerate(('right/0.mp4', 'right/1.mp4', 'up/0', 'up/1'), 2):
+        clip = maker.clip(decode.Video(os.path.join(config['data_root'], video)), None).numpy()
+        assert np.array_equal(sheet[64 * row:64 * (row + 1)].reshape(64, 8, 64, 3), clip.transpose(2, 0, 3, 1))
+    left = maker.clip(decode.Video(os.path.join(config['data_root'], 'left/0.mp4')), None).numpy()
+    assert sheet[:128].std() > 20 and not np.array_equal(sheet[:64].reshape(64, 8, 64, 3), left.transpose(2, 0, 3, 1))
+
+
+def test_frames_are_decoded_at_256_of_224_of_what_clip_sees(tmp_path):
+    """A test clip is then the middle 7/8 of a frame, whatever the backbone; a size that is named stays."""
+    clip = os.path.join(ROOT, 'demo', 'tiny_clip.pt')
+    sizes = {}
+    for options in ((), ('--image_size=224',), ('--resize=256',)):
+        config = load_config([f'--clip={clip}', *options])
+        checkpoint.load_clip(config)
+        sizes[options] = config['resize']
+    assert list(sizes.values()) == [73, 256, 256]
+    frames = np.zeros((1, 73, 100, 3), np.uint8)
+    frames[:, 4:68, 18:82] = 255  # 64 of 73, in the middle
+    clip = reader.ClipMaker(dict(DEFAULTS, resize=73), 64).crop(frames, None)
+    assert (clip == 255).all()

@@ -1,16 +1,20 @@
 """Training and testing as a user runs them: the scripts themselves, on a few tiny clips and a tiny CLIP with random weights."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
 import os
+import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,7 @@ import pytest
 import torch
 
 import checkpoint
+import config as config_py
 import data
 import encoding
 import eval as evaluation
@@ -28,6 +33,7 @@ from clip_loader import CLIP
 from config import MACHINE, find_method, load_config, resolve
 from model import Episode, bring, look
 from reader import ClipReader
+from tools.claim import claimed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'demo'))
@@ -193,9 +199,45 @@ def test_killed_run_resumes_bit_for_bit(world, trained, number):
     assert losses(out_dir) == losses(trained[0]) and same(out_dir / 'last.pt', trained[0] / 'last.pt')
 
 
-def test_full_disk_is_told_at_the_start(world, tmp_path, monkeypatch):
+def test_full_disk_is_told_at_the_start(world, trained, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1000))
-    assert 'GB free, but the checkpoints need' in run(train, world, f'--out_dir={tmp_path}', check=False).error
+    refused = run(train, world, f'--out_dir={tmp_path / "new"}', check=False)
+    assert 'GB free, but the checkpoints need' in refused.error and not (tmp_path / 'new').exists()
+    shutil.copytree(trained[0], tmp_path / 'old')  # its two checkpoints are replaced: room for a third is what is missing
+    size = (tmp_path / 'old' / 'last.pt').stat().st_size
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1.5 * size))
+    run(train, world, f'--out_dir={tmp_path / "old"}', '--resume=True')
+
+
+def test_a_disk_that_fills_is_told_in_a_sentence(world, tmp_path, monkeypatch, capsys):
+    """What torch.save says then names no file."""
+    def save(content, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, 'save', save)
+    with pytest.raises(OSError) as full:
+        run(train, world, f'--out_dir={tmp_path}')
+    sys.excepthook(full.type, full.value, full.tb)  # as it is since load_config
+    assert capsys.readouterr().err == f'Cannot write {tmp_path / "best.pt"}: No space left on device.\n'
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == 'Stopped by Ctrl-C.\n'
+    sys.excepthook(ValueError, ValueError('a fault'), None)
+    assert 'ValueError: a fault' in capsys.readouterr().err
+
+
+def test_a_folder_with_a_checkpoint_is_kept(world, trained, tmp_path):
+    """Neither a training after the first nor one beside it gets in; where a run could not begin nothing is left."""
+    before = {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()}
+    refused = run(train, world, f'--out_dir={trained[0]}', check=False)
+    assert f'{trained[0]} holds last.pt' in refused.error and '--overwrite=True' in refused.error
+    assert {path.name: path.read_bytes() for path in trained[0].iterdir() if path.is_file()} == before
+    with pytest.raises(KeyError), claimed(str(tmp_path / 'new'), False):
+        beside = run(train, world, f'--out_dir={tmp_path / "new"}', check=False)
+        assert f'is in use by process {os.getpid()} on' in beside.error and os.listdir(tmp_path / 'new') == ['lock']
+        raise KeyError
+    assert not os.listdir(tmp_path)
+    (tmp_path / 'file').touch()
+    assert 'Cannot write into out_dir=' in run(train, world, f'--out_dir={tmp_path / "file"}', check=False).error
 
 
 def test_resume_with_other_options_names_them(world, trained):
@@ -583,8 +625,8 @@ def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, 
 
 def test_one_row_where_queries_never_see_each_other(world, tmp_path):
     for mode in ('inductive', False):
-        run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path}')
-        assert [(row['method'], row['transductive']) for row in rows_of(tmp_path)] == [
+        run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path / str(mode)}')
+        assert [(row['method'], row['transductive']) for row in rows_of(tmp_path / str(mode))] == [
             ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
 
 
@@ -608,6 +650,24 @@ def test_what_cannot_end_well_is_refused_before_training(world, tmp_path, script
         result = run(script, world, option, f'--out_dir={tmp_path}', check=False)
         assert words in result.error and 'encoded' not in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('split, few', [('val', 'grow'), ('test', 'fade in')])
+def test_a_split_of_one_class_is_refused_before_training(world, tmp_path, split, few):
+    """Also where episodes may be lowered: of one class every answer is right."""
+    splits = dict(train=['move right', 'move left'], val=['grow', 'shrink'], test=['fade in', 'fade out']) | {split: [few]}
+    for lower, words in ((True, 'is too small for any episode'), (False, 'has 1 classes, too few for 2-way')):
+        refused = run(train, world, f'--splits={splits}', f'--lower={lower}', f'--out_dir={tmp_path}', check=False)
+        assert f'Split {split} {words}' in refused.error and 'encoded' not in refused.output
+
+
+def test_fractions_tell_which_classes_they_dealt(world):
+    config = load_config([str(world / 'config.py'), "--splits={'train': 0.5, 'val': 0.25, 'test': 0.25}"])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        splits = data.load_splits(config)
+    assert output.getvalue().splitlines() == [f'Split {name}, {count} classes: {", ".join(splits[name].classes)}'
+                                              for name, count in (('train', 4), ('val', 2), ('test', 2))]
 
 
 def test_meta_batch_that_does_not_divide_is_refused(world, tmp_path, monkeypatch):
@@ -649,6 +709,33 @@ def test_eval_without_checkpoint_is_training_free(world):
     assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot'}
 
 
+class Gone(io.StringIO):
+    """Standard output whose reader has gone."""
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_results_are_written_whatever_becomes_of_the_output(world, trained, tmp_path, monkeypatch):
+    """Nobody reads on, no picture can be drawn: results.json is whole. Where it cannot lie is told before anything is read."""
+    expected = rows_of(trained[0])
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *SPEED, f'--ckpt={trained[0] / "best.pt"}', f'--out_dir={tmp_path / "head"}'])
+    with contextlib.redirect_stdout(Gone()):
+        evaluation.main()
+    assert rows_of(tmp_path / 'head') == expected
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(evaluation.pictures, 'confusion', lambda *_: 1 / 0)
+        run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', f'--out_dir={tmp_path / "picture"}')
+    assert rows_of(tmp_path / 'picture') == expected
+    (tmp_path / 'file').touch()
+    refused = run(evaluation, world, f'--out_dir={tmp_path / "file"}', check=False)
+    assert f'Cannot write into out_dir={tmp_path / "file"}' in refused.error and 'encoded' not in refused.output
+    done = run(evaluation, world, f'--out_dir={tmp_path / "told"}')
+    assert f'wrote {tmp_path / "told" / "results.json"}' in done.output
+
+
 def test_eval_refuses_another_model_and_other_weights(world, trained, tmp_path):
     ckpt = f'--ckpt={trained[0] / "best.pt"}'
     assert 'levels=2, not 1' in run(evaluation, world, ckpt, '--levels=1', check=False).error
@@ -679,11 +766,61 @@ def test_options_that_change_the_answer_alone_may_be_others_in_a_test(world, tmp
 
 def test_an_option_newer_than_a_checkpoint_has_its_default(world, trained, tmp_path):
     saved = torch.load(trained[0] / 'best.pt', weights_only=True)
-    for key in ('cls_token', 'drops'):  # one of VBA's, a common one
+    for key in ('cls_token', 'drops', 'norm'):  # one of VBA's, common ones
         del saved['config'][key]
     torch.save(saved, tmp_path / 'best.pt')
     run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}')
     assert rows_of(tmp_path) == rows_of(trained[0])
+
+
+@pytest.mark.parametrize('option, words', [
+    (dict(frames='8'), "frames='8' must be of type int"), (dict(temp='hot'), 'temp'), (dict(clip=[3]), 'clip=[3]'),
+    (dict(method=[3]), 'method=[3]'), (dict(method='../x.py'), 'a method outside this repository')])
+def test_options_that_no_training_wrote_are_told(world, trained, tmp_path, option, words):
+    saved = torch.load(trained[0] / 'best.pt', weights_only=True)
+    torch.save(saved | dict(config=saved['config'] | option), tmp_path / 'best.pt')
+    stopped = run(evaluation, world, f'--ckpt={tmp_path / "best.pt"}', check=False)
+    assert stopped.error.startswith(str(tmp_path / 'best.pt')) and words in stopped.error
+
+
+def test_a_checkpoint_goes_with_another_clone(world, trained, tmp_path, monkeypatch):
+    """Trained in one clone, tested in another that is all there is then; what lies in neither stays where it is."""
+    def clone(name):
+        for path in (*ROOT.glob('*.py'), ROOT / 'methods', world / 'clip.pt', world / 'clips'):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / path.name).symlink_to(path)
+        for module in (config_py, checkpoint):
+            monkeypatch.setattr(module, 'ROOT', str(tmp_path / name))
+
+    clone('first')
+    sample = tmp_path / 'first' / 'sample.py'
+    sample.write_text((world / 'config.py').read_text().replace(f'{world}/', ''))
+    run(train, sample, f'--out_dir={tmp_path / "out"}')
+    shutil.rmtree(tmp_path / 'first')
+    clone('second')
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *SPEED, f'--ckpt={tmp_path / "out" / "best.pt"}'])
+    (tmp_path / 'out' / 'results.json').unlink()
+    evaluation.main()
+    assert rows_of(tmp_path / 'out') == rows_of(trained[0])
+    assert checkpoint.load(str(tmp_path / 'out' / 'best.pt'))['config']['data_root'] == str(tmp_path / 'second' / 'clips')
+    assert checkpoint.load(str(trained[0] / 'best.pt'))['config']['data_root'] == str(world / 'clips')
+
+
+def test_a_damaged_checkpoint_is_refused_and_torchs_advice_not_passed_on(world, trained, tmp_path):
+    """A bit of a weight in the file of a checkpoint and of a CLIP; other files, which torch advises to load by force."""
+    for path, option in ((trained[0] / 'best.pt', 'ckpt'), (world / 'clip.pt', 'clip')):
+        with zipfile.ZipFile(path) as archive:
+            entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content = bytearray(path.read_bytes())
+        content[entry.header_offset + 1000] ^= 1
+        (tmp_path / 'one.pt').write_bytes(content)
+        stopped = run(evaluation, world, f'--{option}={tmp_path / "one.pt"}', check=False)
+        assert f'the checksum of {entry.filename} in it is wrong' in stopped.error
+        for content in (b'<!DOCTYPE html><html>', pickle.dumps(Path('x'), 2), pickle.dumps(dict(model=1), 2), b''):
+            (tmp_path / 'one.pt').write_bytes(content)
+            stopped = run(evaluation, world, f'--{option}={tmp_path / "one.pt"}', check=False)
+            assert str(tmp_path / 'one.pt') in stopped.error
+            assert not any(word in stopped.error for word in ('weights_only', 'False', 'trust', '\n'))
 
 
 def test_checkpoint_of_the_old_format_is_refused_with_a_sentence(world, trained, tmp_path):

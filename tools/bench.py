@@ -199,7 +199,7 @@ def with_opencv(path):
 
 @functools.cache  # one in each process, as in training
 def clip_maker():
-    return ClipMaker({**DEFAULTS, 'cache_dir': os.path.join(tempfile.gettempdir(), 'bench_kept')}, 224)
+    return ClipMaker({**DEFAULTS, 'resize': 256, 'cache_dir': os.path.join(tempfile.gettempdir(), 'bench_kept')}, 224)
 
 
 def from_cache(path):

@@ -11,15 +11,17 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import checkpoint
 from config import load_config
-from data import Split, episode, fit_episode, list_videos, load_splits, read_verdicts, verdict_file
+from data import SPLITS, Split, list_videos, load_splits, read_verdicts, sizes_of, try_episodes, verdict_file
 from decode import stamp
 from reader import ClipReader
 
 OPTIONS = dict(
-    sheet=None,                # write this PNG of training clips as the model sees them, instead of the check
+    sheet=None,                # write this PNG of training and test clips as the model sees them, instead of the check
 )
 
 
@@ -28,6 +30,7 @@ def check(config):
 
     Verdicts are kept as they come: a second run opens only what is new. Stops with status 1 if no model can be trained.
     """
+    checkpoint.make_folder(config['out_dir'])
     listing, verdicts = list_videos(config), read_verdicts(config)
     found = {video: stamp(video) for _, listed in listing.values() for _, _, video in listed if video}
     todo = [video for video, key in found.items() if key not in verdicts]
@@ -36,7 +39,7 @@ def check(config):
         file = open(verdict_file(config), 'a', encoding='ascii')
     except OSError as error:
         sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
-    reader = ClipReader(dict(config, workers=config['workers'] or None), 1)
+    reader = ClipReader(config | dict(workers=config['workers'] or None, resize=config['resize'] or 256), 1)
     try:
         with file:
             for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
@@ -64,7 +67,6 @@ def check(config):
               f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
         splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
     report = os.path.join(config['out_dir'], 'check.txt')
-    os.makedirs(config['out_dir'], exist_ok=True)
     with open(report, 'w', encoding='utf-8', errors='surrogateescape') as file:
         file.writelines(line + '\n' for line in bad)
     for line in bad[:5]:
@@ -72,48 +74,44 @@ def check(config):
     if bad:
         print(f'All {len(bad)} of them, one a line: {report}')
 
-    way, shot, queries = config['way'], config['shot'], config['queries']
-    needs = dict(train=(way, shot, queries), val=(way, 1, config['test_queries']),
-                 test=(way, max(config['test_shots']), config['test_queries']))
     stop = None
-    if config['closed_set']:
-        needs, empty = {}, [split for split in ('train', 'val', 'test') if not splits[split].videos]
-        stop = f'split {empty[0]} has no video.' if empty else None
-    for split, (way, shot, queries) in needs.items():
-        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[split].classes, splits[split].members)
+    for use in SPLITS:
+        _, shot, queries = max(sizes_of(config, use, splits[use]), key=sum)
+        few = [f'{name!r} ({len(found)})' for name, found in zip(splits[use].classes, splits[use].members)
                if len(found) < shot + queries]
-        if few:
-            print(f'{split}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
+        if few and not config['closed_set']:
+            print(f'{use}: {len(few)} classes have fewer than the {shot} + {queries} videos of an episode: '
                   f'{", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
-        if split == 'val':
-            way = min(way, len(splits[split].classes) or way)
         try:
-            episode(splits[split], *fit_episode(config, splits[split], way, shot, queries), config['seed'], 0)
+            try_episodes(config, use, splits[use])
         except SystemExit as error:
-            print(f'{split}: {error}')
-            stop = stop or (str(error) if split != 'test' else None)
+            print(f'{use}: {error}')
+            stop = stop or error
     if stop:
         sys.exit(f'{config["dataset"] or "This"} cannot be trained: {stop}')
     print(f'{config["dataset"] or "This"} can be trained.')
 
 
 def contact_sheet(config, path):
-    """Writes a PNG of training clips as the model sees them, one a row."""
-    split = load_splits(config)['train']
-    size = min(224, config['resize'])
+    """Writes a PNG of training and then of test clips as the model sees them, one a row."""
+    splits, size = load_splits(config), checkpoint.load_clip(config).visual.image_size
+    shown, names = [], []
     reader = ClipReader(config, size)
     try:
-        clips = episode(split, min(config['way'], len(split.classes)), 1, 1, config['seed'], 0)
-        frames, indices = next(reader.stream(split, [(0, clips)], True))
+        for split in [splits[name] for name in ('train', 'test') if splits[name].videos]:
+            clips = [i for members in split.members[:config['way']] for i in members[:2]]
+            frames, indices = next(reader.stream(split, [(0, clips)], split.name == 'train'))
+            shown.append(frames)
+            names += [f'{split.classes[split.labels[i]]} ({split.name})' for i in indices]
     finally:
         reader.close()
-    rows = frames.permute(0, 3, 1, 4, 2).reshape(len(frames) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
+    rows = torch.cat(shown).permute(0, 3, 1, 4, 2).reshape(len(names) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
     codec = av.CodecContext.create('png', 'w')
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *rows.shape[:2], 'rgb24', Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(rows, 'rgb24')
     with open(path, 'wb') as file:
         file.write(b''.join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
-    print(f'{path}: a clip a row, ' + ', '.join(split.classes[split.labels[i]] for i in indices))
+    print(f'{path}: a clip a row, ' + ', '.join(names))
 
 
 def main():

@@ -57,7 +57,7 @@ def train_all(sample, rows, seeds, common, config):
             os.makedirs(out_dir, exist_ok=True)
             resume = os.path.exists(os.path.join(out_dir, 'last.pt'))
             command = [sys.executable, os.path.join(ROOT, 'train.py'), sample, *rows[row], *common, f'--seed={seed}',
-                       f'--features_dir={features}', f'--out_dir={out_dir}', f'--resume={resume}']
+                       f'--features_dir={features}', '--overwrite=True', f'--out_dir={out_dir}', f'--resume={resume}']
             with open(os.path.join(out_dir, 'output.txt'), 'a') as output:
                 ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
                                        env={**os.environ, 'OMP_NUM_THREADS': threads}).returncode

@@ -1,7 +1,7 @@
 """Weight files as other packages write them -> a state dict in OpenAI's names. Files are read, never executed.
 
-In reading order: read_state (three kinds of files, told apart by their content), read_archive (OpenAI's TorchScript archives),
-read_safetensors, openai_names (other packages' parameter names).
+In reading order: read_state (three kinds of files, told apart by their content), read_saved (torch.save's), read_archive
+(OpenAI's TorchScript archives), read_safetensors, openai_names (other packages' parameter names).
 """
 
 import io
@@ -30,10 +30,10 @@ def read_state(path):
                     return read_archive(archive)
         elif start[8:] == b'{':
             return read_safetensors(path)
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = read_saved(path)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'{path} (it begins with {start!r}) is damaged or not CLIP weights. Expected a TorchScript archive as '
                          f'OpenAI publishes it, a state dict of torch.save, or safetensors. {type(error).__name__}: {reason}'
@@ -43,6 +43,26 @@ def read_state(path):
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f'{path} does not hold a state dict: expected names and tensors, found {str(state)[:60]}...')
     return {str(name): x for name, x in state.items()}
+
+
+def read_saved(path, device='cpu'):
+    """What torch.save wrote, checked against its own checksums, which torch.load ignores, -> the same, on a device.
+
+    OSError: it cannot be opened. ValueError: damaged or something else. What torch says then is not passed on: it advises to
+    load the file in a way that runs what is in it.
+    """
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):  # as each file of today's format is
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        if not damaged:
+            return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError('it is damaged, or holds more than the tensors and plain values that torch.save writes') from error
+    raise ValueError(f'it is damaged: the checksum of {damaged} in it is wrong')
 
 
 STORAGES = dict(HalfStorage=torch.float16, BFloat16Storage=torch.bfloat16, FloatStorage=torch.float32,

@@ -1,0 +1,32 @@
+"""What a script says where it cannot go on saying it, or cannot go on at all."""
+
+import contextlib
+import errno
+import sys
+
+NO_FAULTS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # of the program
+
+
+def in_a_sentence(kind, error, trace):
+    """What Python does with an error that ends a script: Ctrl-C and what cannot be written need no traceback."""
+    if kind is KeyboardInterrupt:
+        print('Stopped by Ctrl-C.', file=sys.stderr)
+    elif getattr(error, 'errno', None) in NO_FAULTS:
+        print(f'Cannot write {error.filename or "what was to be written"}: {error.strerror}.', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+class Lasting:
+    """Standard output that goes on where its reader has gone (`| head`): what is to be saved is saved all the same."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
