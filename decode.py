@@ -239,6 +239,7 @@ def pts_tell(source):
     return (codec.name in ('h264', 'hevc') and source.container.format.name != 'avi'  # avi has no pts, what it shows is made up
             and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
+            and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
             and headers[0].is_keyframe and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
             and not (codec.has_b_frames and pts == sorted(pts)))  # made up, in the order of decoding
 
