@@ -25,9 +25,8 @@ from av.video.reformatter import VideoReformatter
 
 VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv')
 IMAGES = ('.jpg', '.jpeg', '.png')
-MAX_PIXELS = 64_000_000  # of a frame; a header that promises more is refused before there is memory for it
 KEPT_BYTES = 64_000_000  # of a file's packets; those of a larger file are read again whenever it is decoded
-DECODER = dict(max_pixels=str(MAX_PIXELS))
+DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more is refused before there is memory for it
 # No playlist and no list of other files, whatever the name ends in
 DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,'
                'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
@@ -104,9 +103,8 @@ def read_frames(path, pick, short_side, notes=None):
                 raise ValueError('no frame could be decoded')
             frames = np.stack([pictures[i] for i in indices])
         except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
-            problem = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-            problem += f' ({log[-1][2].strip()})' if log else ''
-            raise UnreadableVideo(f'{path}: {problem}') from error
+            problem = getattr(error, 'strerror', None) or error or type(error).__name__
+            raise UnreadableVideo(f'{path}: {problem}' + (f' ({log[0][2].strip()})' if log else '')) from error
     if log:
         notes.append(f'damaged: {log[0][2].strip()}')
     return frames
@@ -139,9 +137,6 @@ class Source:
         if self.stream is None:
             raise ValueError('no video stream')
         self.codec = self.stream.codec_context
-        width, height = self.codec.width, self.codec.height
-        if width * height > MAX_PIXELS:
-            raise ValueError(f'its frames have {width} x {height} pixels, more than {MAX_PIXELS:,} in all')
         self.codec.thread_count, self.codec.options = 1, DECODER  # workers fill the cores
 
     def demux(self, notes):
@@ -190,7 +185,7 @@ class Converter:
 
 
 def decode(source, pick, short_side, notes, log):
-    """A Source -> {index: picture}, indices."""
+    """A Source -> {index: picture}, indices. log: FFmpeg's, as it grows."""
     convert, missing = Converter(short_side), missing_seconds(source)
     if missing and not notes:
         notes.append(f'cut short: {missing:.1f} s less than its header says')
@@ -207,7 +202,7 @@ def decode(source, pick, short_side, notes, log):
         del log[logged:]  # what is wrong with the file will be said again
     pictures, count, fed = decode_in_order(source, indices, convert, to_end=xvid and min(sizes, default=0) < 10)
     if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
-        count = decode_in_order(source, None, convert)[1]
+        count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []
         pictures = decode_in_order(source, indices, convert)[0]
     if convert.damaged and not log:
@@ -217,19 +212,18 @@ def decode(source, pick, short_side, notes, log):
 
 def missing_seconds(source):
     """How much shorter the packets are than the header promises, 0 if not clearly so."""
-    container, stream, begin = source.container, source.stream, 0
+    container, stream, last = source.container, source.stream, source.headers[-1:]
     times = [header.dts if header.pts is None else header.pts for header in source.headers]
-    times = [time for time in times if time is not None]
-    if not times:
-        return 0
+    times = [time for time in times if time is not None] or [0]
+    begin, promised = 0, 0
     if container.format.name == 'avi':  # its duration is that of what is there
         promised = stream.frames
     elif stream.duration:
-        promised, begin = stream.duration, min(times)
-    else:
-        promised = (container.duration or 0) / av.time_base / stream.time_base if len(container.streams) == 1 else 0
-    missing = float((promised - (max(times) - begin + (source.headers[-1].duration or 0))) * stream.time_base)
-    return missing if missing > max(0.3, 0.05 * float(promised * stream.time_base)) else 0
+        begin, promised = min(times), stream.duration
+    elif container.duration and len(container.streams) == 1:
+        promised = container.duration / av.time_base / stream.time_base
+    missing = promised - (max(times) - begin + sum(header.duration or 0 for header in last))
+    return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
 def pts_tell(source):
@@ -253,7 +247,8 @@ def decode_some(source, wanted, convert):
     pts = [header.pts for header in source.headers]
     place = {time: i for i, time in enumerate(pts)}
     keys = [(header.pts, i) for i, header in enumerate(source.headers) if header.is_keyframe]
-    targets, pictures, latest, position = set(wanted), {}, -float('inf'), 0
+    last = {max(i for key, i in keys if key <= time): place[time] for time in [pts[0], *wanted]}  # of a group: to decode
+    targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
     skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
 
@@ -268,16 +263,15 @@ def decode_some(source, wanted, convert):
                 pictures[latest] = convert(frame)
 
     try:
-        for time in [pts[0], *wanted]:
-            start = max(i for key, i in keys if key <= time)
-            jump, end = max(0, start - position), place[time] + 1
-            if jump:  # on to a later group of pictures
-                take(codec.decode(None))
-                codec.flush_buffers()
-            for packet in itertools.islice(packets, jump, max(jump, end - position)):
+        for i, packet in enumerate(packets):
+            if i in last:
+                if i > end + 1:  # on to a later group of pictures
+                    take(codec.decode(None))
+                    codec.flush_buffers()
+                end = max(end, last[i])
+            if i <= end:
                 codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
                 take(codec.decode(packet))
-            position = max(position, end)
         take(codec.decode(None))
     except (av.FFmpegError, ValueError):
         return None
@@ -285,18 +279,17 @@ def decode_some(source, wanted, convert):
 
 
 def decode_in_order(source, wanted, convert, to_end=False):
-    """The frames `wanted` (None: only count), counted as they come out, whatever their pts -> {index: picture}, the frames that
-    came out of the packets that went in, and how many these were: without to_end it stops at the last wanted one."""
+    """The frames `wanted`, counted as they come out, whatever their pts -> {index: picture}, the frames that came out of the
+    packets that went in, and how many these were: without to_end it stops at the last wanted one."""
     codec, packets = source.start()
-    pictures, count, fed, last = {}, 0, 0, float('inf') if wanted is None or to_end else max(wanted, default=-1)
-    targets = set(wanted or [])
+    pictures, count, fed, last = {}, 0, 0, float('inf') if to_end else max(wanted, default=-1)
     until_last = itertools.takewhile(lambda packet: count <= last, packets)
     for packet in itertools.chain(until_last, [None]):  # None: the decoder still holds frames
         fed += packet is not None
         try:
             for frame in codec.decode(packet):
                 convert.see(frame)
-                if count in targets:
+                if count in wanted:
                     pictures[count] = convert(frame)
                 count += 1
         except av.FFmpegError:
