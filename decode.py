@@ -8,7 +8,6 @@
     decode_image, encode_images        JPEG and PNG
 """
 
-import contextlib
 import itertools
 import logging
 import os
@@ -97,8 +96,7 @@ def read_frames(path, pick, short_side, notes=None):
                 indices = list(pick(len(names))) if names else []
                 pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
             else:
-                with contextlib.closing(Source(path, notes)) as source:
-                    pictures, indices = decode(source, pick, short_side, notes, log)
+                pictures, indices = decode(Source(path, notes), pick, short_side, notes, log)
             if not pictures:
                 raise ValueError('no frame could be decoded')
             frames = np.stack([pictures[i] for i in indices])
@@ -121,10 +119,11 @@ class Source:
     def __init__(self, path, notes):
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
             raise ValueError('not a regular file')
-        self.path, self.headers, self.kept, size = path, [], [], 0
+        self.path, self.headers, self.kept, self.hidden, size = path, [], [], False, 0
         self.open()
         for packet in self.demux(notes):
             self.headers.append(Header(*(getattr(packet, name) for name in Header._fields)))
+            self.hidden |= self.codec.name == 'vp9' and is_hidden(memoryview(packet))
             self.kept.append(packet)
             size += packet.size
             if size > KEPT_BYTES:
@@ -149,20 +148,16 @@ class Source:
     def start(self):
         """-> a decoder that is new, for flush_buffers() does not make every one as new, and an iterator over all packets."""
         if not self.is_new:
-            self.close()
             self.open()
         self.is_new = False
         return self.codec, iter(self.kept or self.demux([]))
-
-    def close(self):
-        self.container.close()
 
 
 class Converter:
     """Decoded frames -> uint8 (h, w, 3). The stream's first frame tells the size of all and how they are turned."""
 
     def __init__(self, short_side):
-        self.short_side, self.size, self.reformatter, self.damaged = short_side, None, VideoReformatter(), False
+        self.short_side, self.size, self.reformatter = short_side, None, VideoReformatter()
 
     def see(self, frame):
         """Takes note of the frame if it is the first."""
@@ -175,7 +170,6 @@ class Converter:
 
     def __call__(self, frame):
         self.see(frame)
-        self.damaged |= frame.is_corrupt
         # threads: swscale's own choice is slow
         picture = self.reformatter.reformat(frame, *self.size, 'rgb24', interpolation='BILINEAR', threads=1).to_ndarray()
         a, b, c, d = self.matrix
@@ -205,8 +199,6 @@ def decode(source, pick, short_side, notes, log):
         count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []
         pictures = decode_in_order(source, indices, convert)[0]
-    if convert.damaged and not log:
-        notes.append('damaged frames')
     return pictures, indices
 
 
@@ -226,11 +218,16 @@ def missing_seconds(source):
     return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
+def is_hidden(packet):
+    """Whether the bytes of a VP9 packet are one frame that is not shown, split off from the superframe of the next one."""
+    return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
+
+
 def pts_tell(source):
     """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
-    codec, headers = source.codec, source.headers
-    pts = [header.pts for header in headers]
-    return (codec.name in ('h264', 'hevc') and source.container.format.name != 'avi'  # avi has no pts, what it shows is made up
+    codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
+    return (codec.name in ('h264', 'hevc', 'vp9', 'libdav1d') and not source.hidden  # flush_buffers() makes these as new
+            and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
             and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
             and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
