@@ -194,7 +194,8 @@ def decode(source, pick, short_side, notes, log):
         if pictures is not None and len(log) == logged:
             return {i: pictures[pts[i]] for i in indices}, indices
         del log[logged:]  # what is wrong with the file will be said again
-    pictures, count, fed = decode_in_order(source, indices, convert, to_end=xvid and min(sizes, default=0) < 10)
+    to_end = source.hidden or xvid and min(sizes, default=0) < 10
+    pictures, count, fed = decode_in_order(source, indices, convert, to_end)
     if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
         count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []

@@ -110,12 +110,6 @@ def pts_that_leap(folder):
     return copy(f'{folder}/leap.flv', [source], later(lambda i: -0.5), avoid_negative_ts='disabled')
 
 
-def split_superframes(folder):
-    """VP9 whose hidden frames are packets of their own."""
-    return copy(f'{folder}/split.webm', [made(folder, 'vp9_altref.webm')], lambda i, packet: (40 * i, 40 * i),
-                turn='vp9_superframe_split')
-
-
 def sizes(folder, codec, ext):
     sources = [made(folder, f'{size}.{ext}', codec=codec, size=size, frames=20, options=dict(g='10'))
                for size in ((64, 48), (48, 48), (48, 64))]
@@ -123,7 +117,7 @@ def sizes(folder, codec, ext):
 
 
 @pytest.mark.parametrize('make', [
-    no_padding, cut_open_gop, pts_of_decoding, pts_that_leap, early_placeholder, split_superframes,
+    no_padding, cut_open_gop, pts_of_decoding, pts_that_leap, early_placeholder,
     pytest.param(lambda folder: sizes(folder, 'libx264', 'ts'), id='sizes_h264'),
     pytest.param(lambda folder: sizes(folder, 'libvpx-vp9', 'webm'), id='sizes_vp9')])
 @pytest.mark.parametrize('kept', [decode.KEPT_BYTES, 0])
