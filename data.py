@@ -16,6 +16,7 @@ decode.py turns a video into frames, reader.py turns episodes of videos into bat
 
 import dataclasses
 import difflib
+import errno
 import functools
 import glob
 import itertools
@@ -186,19 +187,28 @@ def prepare(config):
     os.replace(part, root)
 
 
-def list_folders(root):
-    """Walks a folder -> [(class name, Video), ...]. A folder of images is one video; the class is the folder above a video."""
-    folders, names = [], []
+def list_folders(root, above=()):
+    """Walks a folder -> [(class name, Video), ...]. A folder of images is one video; the class is the folder above a video.
+
+    Below the first folder, one that cannot be read, or is a link to one `above` it, is warned of and left out.
+    """
+    folders, names, here = [], [], os.path.realpath(root)
     try:
+        if here in above:
+            raise OSError(errno.ELOOP, 'it links to a folder above it')
         for entry in os.scandir(root):
-            (folders if entry.is_dir() else names).append(entry.path)
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a looped link is none
+            (folders if is_folder else names).append(entry.path)
     except OSError as error:
-        sys.exit(f'Cannot read the folder {root}: {error.strerror}.')
+        if not above:
+            sys.exit(f'Cannot read the folder {root}: {error.strerror}.')
+        print(f'Warning: cannot read the folder {root}: {error.strerror}; left out.', file=sys.stderr, flush=True)
+        return []
     videos = [path for path in names if path.lower().endswith(VIDEOS)]
     if not videos and any(path.lower().endswith(IMAGES) for path in names):
         return [(os.path.basename(os.path.dirname(root)), Video(root))]
     return ([(os.path.basename(root), Video(path)) for path in videos]
-            + [item for folder in sorted(folders) for item in list_folders(folder)])
+            + [item for folder in sorted(folders) for item in list_folders(folder, (*above, here))])
 
 
 def plain(name):

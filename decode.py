@@ -2,21 +2,38 @@
 
     Video, UnreadableVideo, stamp      a clip of a file or of a folder of images
     sample_indices                     which frames: TSN
-    read_frames, decode                those frames, whatever the container, and no more work than they need
+    read_frames                        those frames of a file or folder, and what is wrong with it
+    Source, Converter                  a file as often as it is decoded; decoded frames -> pictures
+    decode                             decode_some, no more work than those frames need, or else decode_in_order
     decode_image, encode_images        JPEG and PNG
 """
 
+import itertools
+import logging
 import os
 import re
+import stat
+from collections import namedtuple
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv')
 IMAGES = ('.jpg', '.jpeg', '.png')
+KEPT_BYTES = 64_000_000  # of a file's packets; those of a larger file are read again whenever it is decoded
+DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more is refused before there is memory for it
+# No playlist and no list of other files, whatever the name ends in
+DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,'
+               'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
+Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt')  # a packet without its bytes
+
+av.logging.set_level(av.logging.ERROR)  # of much damage FFmpeg tells in its log alone
+av.logging.set_skip_repeated(False)  # the same in two files
+logging.getLogger('libav').addHandler(logging.NullHandler())  # nothing on the screen
 
 
 class Video(NamedTuple):
@@ -71,19 +88,24 @@ def read_frames(path, pick, short_side, notes=None):
     it is smaller already. Exact: frame i is the i-th frame that decoding everything in order yields.
     Raises UnreadableVideo. What decodes of a damaged file is used; `notes`, a list, is told what is wrong with it.
     """
-    try:
-        if os.path.isdir(path):
-            names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGES)), key=number_in)
-            indices = list(pick(len(names))) if names else []
-            pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
-        else:
-            with av.open(f'file:{path}', metadata_errors='ignore') as container:
-                pictures, indices = decode(container, pick, short_side, [] if notes is None else notes)
-        if not pictures:
-            raise ValueError('no frame could be decoded')
-        return np.stack([pictures[i] for i in indices])
-    except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
-        raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error
+    notes = [] if notes is None else notes
+    with av.logging.Capture() as log:
+        try:
+            if os.path.isdir(path):
+                names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGES)), key=number_in)
+                indices = list(pick(len(names))) if names else []
+                pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
+            else:
+                pictures, indices = decode(Source(path, notes), pick, short_side, notes, log)
+            if not pictures:
+                raise ValueError('no frame could be decoded')
+            frames = np.stack([pictures[i] for i in indices])
+        except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
+            problem = getattr(error, 'strerror', None) or error or type(error).__name__
+            raise UnreadableVideo(f'{path}: {problem}' + (f' ({log[0][2].strip()})' if log else '')) from error
+    if log:
+        notes.append(f'damaged: {log[0][2].strip()}')
+    return frames
 
 
 def number_in(name):
@@ -91,78 +113,140 @@ def number_in(name):
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
+class Source:
+    """A video file. `headers`: of all its packets, for their number is to be trusted and the file's own header is not."""
+
+    def __init__(self, path, notes):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
+            raise ValueError('not a regular file')
+        self.path, self.headers, self.kept, self.hidden, size = path, [], [], False, 0
+        self.open()
+        for packet in self.demux(notes):
+            self.headers.append(Header(*(getattr(packet, name) for name in Header._fields)))
+            self.hidden |= self.codec.name == 'vp9' and is_hidden(memoryview(packet))
+            self.kept.append(packet)
+            size += packet.size
+            if size > KEPT_BYTES:
+                self.kept.clear()
+        self.is_new = size <= KEPT_BYTES
+
+    def open(self):
+        self.container = av.open(f'file:{self.path}', metadata_errors='ignore', options=DEMUXER)
+        self.stream = self.container.streams.best('video')
+        if self.stream is None:
+            raise ValueError('no video stream')
+        self.codec = self.stream.codec_context
+        self.codec.thread_count, self.codec.options = 1, DECODER  # workers fill the cores
+
+    def demux(self, notes):
+        """Yields what packets can be read."""
+        try:
+            yield from (packet for packet in self.container.demux(self.stream) if packet.size)
+        except av.FFmpegError as error:
+            notes.append(f'cut short: {error.strerror}')
+
+    def start(self):
+        """-> a decoder that is new, for flush_buffers() does not make every one as new, and an iterator over all packets."""
+        if not self.is_new:
+            self.open()
+        self.is_new = False
+        return self.codec, iter(self.kept or self.demux([]))
+
+
 class Converter:
-    """Decoded frames -> uint8 (h, w, 3), all of the size that the first one gets. One thread: swscale's own choice is slow."""
+    """Decoded frames -> uint8 (h, w, 3). The stream's first frame tells the size of all and how they are turned."""
 
     def __init__(self, short_side):
-        self.short_side, self.size, self.reformatter, self.damaged = short_side, None, VideoReformatter(), False
+        self.short_side, self.size, self.reformatter = short_side, None, VideoReformatter()
 
-    def __call__(self, frame):
+    def see(self, frame):
+        """Takes note of the frame if it is the first."""
         if self.size is None:
             scale = min(1, self.short_side / min(frame.width, frame.height))
             self.size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        self.damaged |= frame.is_corrupt
+            matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+            # column x, row y is shown at column a x + c y, row b x + d y
+            self.matrix = (1, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
+
+    def __call__(self, frame):
+        self.see(frame)
+        # threads: swscale's own choice is slow
         picture = self.reformatter.reformat(frame, *self.size, 'rgb24', interpolation='BILINEAR', threads=1).to_ndarray()
-        return np.rot90(picture, frame.rotation // 90)
+        a, b, c, d = self.matrix
+        if abs(b) + abs(c) > abs(a) + abs(d):  # nearer to a quarter turn
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
-def decode(container, pick, short_side, notes):
-    """An open container -> {index: picture}, indices. All packets first: their number is n, headers are not to be trusted."""
-    stream = container.streams.best('video')
-    if stream is None:
-        raise ValueError('no video stream')
-    codec, convert, packets = stream.codec_context, Converter(short_side), []
-    codec.thread_count = 1  # workers fill the cores
-    try:
-        packets.extend(packet for packet in container.demux(stream) if packet.size)
-    except av.FFmpegError as error:
-        notes.append(f'cut short: {error.strerror}')  # what came before is used
-    missing = missing_seconds(container, stream, packets)
+def decode(source, pick, short_side, notes, log):
+    """A Source -> {index: picture}, indices. log: FFmpeg's, as it grows."""
+    convert, missing = Converter(short_side), missing_seconds(source)
     if missing and not notes:
         notes.append(f'cut short: {missing:.1f} s less than its header says')
-    shown = [packet for packet in packets if not packet.is_discard]
-    # XviD begins with packets of one byte that hold no frame; that they do not, the count below makes sure
-    empty = sum(packet.size == 1 for packet in shown) if codec.name == 'mpeg4' else 0
-    indices = list(pick(len(shown) - empty)) if len(shown) > empty else []
-    pts = sorted(packet.pts for packet in shown if packet.pts is not None)
-    if (codec.name in ('h264', 'hevc') and container.format.name != 'avi'  # avi has no pts, what it shows is made up
-            and len(set(pts)) == len(packets) and not any(packet.is_corrupt for packet in packets)):
-        pictures = decode_some(codec, packets, [pts[i] for i in dict.fromkeys(indices)], convert)
-        if pictures is not None:
+    sizes = [header.size for header in source.headers if not header.is_discard]
+    # XviD has packets of one byte that hold no frame, and of a few that may hold none; that no others do, the count makes sure
+    xvid = source.codec.name == 'mpeg4'
+    empty = sizes.count(1) if xvid else 0
+    indices = list(pick(len(sizes) - empty)) if len(sizes) > empty else []
+    if pts_tell(source):
+        pts, logged = sorted(header.pts for header in source.headers), len(log)
+        pictures = decode_some(source, [pts[i] for i in dict.fromkeys(indices)], convert)
+        if pictures is not None and len(log) == logged:
             return {i: pictures[pts[i]] for i in indices}, indices
-        codec.flush_buffers()
-    pictures, count, fed = decode_in_order(codec, packets, indices, convert, to_end=empty)
+        del log[logged:]  # what is wrong with the file will be said again
+    to_end = source.hidden or xvid and min(sizes, default=0) < 10
+    pictures, count, fed = decode_in_order(source, indices, convert, to_end)
     if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
-        codec.flush_buffers()
-        count = decode_in_order(codec, packets, None, convert)[1]
-        codec.flush_buffers()
+        count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []
-        pictures = decode_in_order(codec, packets, indices, convert)[0]
-    if convert.damaged:
-        notes.append('damaged frames')
+        pictures = decode_in_order(source, indices, convert)[0]
     return pictures, indices
 
 
-def missing_seconds(container, stream, packets):
+def missing_seconds(source):
     """How much shorter the packets are than the header promises, 0 if not clearly so."""
-    promised = (float(stream.duration * stream.time_base) if stream.duration else
-                container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0)
-    times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
-    times = [time for time in times if time is not None]
-    if not times or not promised:
-        return 0
-    missing = promised - float((max(times) - min(times) + (packets[-1].duration or 0)) * stream.time_base)
-    return missing if missing > max(0.3, 0.05 * promised) else 0
+    container, stream, last = source.container, source.stream, source.headers[-1:]
+    times = [header.dts if header.pts is None else header.pts for header in source.headers]
+    times = [time for time in times if time is not None] or [0]
+    begin, promised = 0, 0
+    if container.format.name == 'avi':  # its duration is that of what is there
+        promised = stream.frames
+    elif stream.duration:
+        begin, promised = min(times), stream.duration
+    elif container.duration and len(container.streams) == 1:
+        promised = container.duration / av.time_base / stream.time_base
+    missing = promised - (max(times) - begin + sum(header.duration or 0 for header in last))
+    return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
-def decode_some(codec, packets, wanted, convert):
+def is_hidden(packet):
+    """Whether the bytes of a VP9 packet are one frame that is not shown, split off from the superframe of the next one."""
+    return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
+
+
+def pts_tell(source):
+    """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
+    codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
+    return (codec.name in ('h264', 'hevc', 'vp9', 'libdav1d') and not source.hidden  # flush_buffers() makes these as new
+            and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
+            and None not in pts and 0 < len(set(pts)) == len(pts)
+            and not any(header.is_corrupt or header.is_discard for header in headers)
+            and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
+            and headers[0].is_keyframe and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
+            and not (codec.has_b_frames and pts == sorted(pts)))  # made up, in the order of decoding
+
+
+def decode_some(source, wanted, convert):
     """The frames with the pts in `wanted` (sorted) -> {pts: picture}; None if one does not come out whole.
 
-    Decodes no group of pictures without a wanted frame, and no frame that is neither wanted nor referred to.
+    Decodes the first frame, no group of pictures without a wanted one, and no frame that is neither wanted nor referred to.
     """
-    place = {packet.pts: i for i, packet in enumerate(packets)}
-    keys = [(packet.pts, i) for i, packet in enumerate(packets) if packet.is_keyframe]
-    targets, pictures, latest, position = set(wanted), {}, -float('inf'), 0
+    codec, packets = source.start()
+    pts = [header.pts for header in source.headers]
+    place = {time: i for i, time in enumerate(pts)}
+    keys = [(header.pts, i) for i, header in enumerate(source.headers) if header.is_keyframe]
+    last = {max(i for key, i in keys if key <= time): place[time] for time in [pts[0], *wanted]}  # of a group: to decode
+    targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
     skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
 
@@ -171,41 +255,39 @@ def decode_some(codec, packets, wanted, convert):
         for frame in frames:
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 raise ValueError('frames are damaged or out of order')
+            convert.see(frame)
             latest = frame.pts
             if latest in targets:
                 pictures[latest] = convert(frame)
 
     try:
-        for pts in wanted:
-            start = max((i for key, i in keys if key <= pts), default=0)
-            if start > position:  # on to a later group of pictures
-                take(codec.decode(None))
-                codec.flush_buffers()
-                position = start
-            for packet in packets[position:place[pts] + 1]:
+        for i, packet in enumerate(packets):
+            if i in last:
+                if i > end + 1:  # on to a later group of pictures
+                    take(codec.decode(None))
+                    codec.flush_buffers()
+                end = max(end, last[i])
+            if i <= end:
                 codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
                 take(codec.decode(packet))
-            position = max(position, place[pts] + 1)
         take(codec.decode(None))
     except (av.FFmpegError, ValueError):
         return None
-    finally:
-        codec.skip_frame = 'DEFAULT'
     return pictures if len(pictures) == len(targets) else None
 
 
-def decode_in_order(codec, packets, wanted, convert, to_end=False):
-    """The frames `wanted` (None: only count), counted as they come out, whatever their pts -> {index: picture}, the frames that
-    came out of the packets that went in, and how many these were: without to_end it stops at the last wanted one."""
-    pictures, count, fed, last = {}, 0, 0, float('inf') if wanted is None or to_end else max(wanted, default=-1)
-    targets = set(wanted or [])
-    for packet in [*packets, None]:
-        if packet is not None and count > last:
-            continue  # on to the end: the decoder still holds frames
+def decode_in_order(source, wanted, convert, to_end=False):
+    """The frames `wanted`, counted as they come out, whatever their pts -> {index: picture}, the frames that came out of the
+    packets that went in, and how many these were: without to_end it stops at the last wanted one."""
+    codec, packets = source.start()
+    pictures, count, fed, last = {}, 0, 0, float('inf') if to_end else max(wanted, default=-1)
+    until_last = itertools.takewhile(lambda packet: count <= last, packets)
+    for packet in itertools.chain(until_last, [None]):  # None: the decoder still holds frames
         fed += packet is not None
         try:
             for frame in codec.decode(packet):
-                if count in targets:
+                convert.see(frame)
+                if count in wanted:
                     pictures[count] = convert(frame)
                 count += 1
         except av.FFmpegError:
@@ -222,7 +304,7 @@ def read_image(path, short_side):
 def decode_image(data, short_side):
     """The bytes of a JPEG or PNG -> uint8 (h, w, 3)."""
     codec = av.CodecContext.create('png' if data[:4] == b'\x89PNG' else 'mjpeg', 'r')
-    codec.thread_count = 1
+    codec.thread_count, codec.options = 1, DECODER
     frames = codec.decode(av.Packet(data)) + codec.decode(None)
     return Converter(short_side)(frames[0])
 

@@ -11,8 +11,10 @@ import json
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -294,7 +296,7 @@ class ClipReader:
     def settle(self, task, clip, verdict, error):
         """Takes in what has become of a task: one of the three, the others are None."""
         if clip is not None:
-            task.job.frames[task.place] = clip
+            task.job.frames[task.place].numpy()[:] = clip.numpy()  # torch's threads would wait for cores that workers keep busy
         if error and task.seed != 'check' and task.video not in self.bad:
             self.bad[task.video] = error
             if self.config['strict']:
@@ -451,6 +453,7 @@ class Worker:
 def work(conn, memory, shape, config, image_size, processes):
     """A decoding process: takes (slot, video, seed), fills the slot, answers (verdict or None, what is wrong or None)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by closing the pipe
+    threading.Thread(target=end_with, args=(conn,), daemon=True).start()
     torch.set_num_threads(1)
     arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
     maker = ClipMaker(config, image_size, processes)
@@ -461,6 +464,14 @@ def work(conn, memory, shape, config, image_size, processes):
             if clip is not None:
                 arena[slot] = clip
             conn.send(answer)
+
+
+def end_with(conn):
+    """Ends this process when the parent is gone, even one that was killed while this process waits for a file."""
+    hung_up = select.poll()
+    hung_up.register(conn, 0)
+    hung_up.poll()
+    os._exit(0)
 
 
 def attempt(maker, video, seed):

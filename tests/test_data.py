@@ -1,8 +1,11 @@
 """Tests of data.py: decoding, sampling, episodes, and the worker processes."""
 
+import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
@@ -407,10 +410,16 @@ def test_killed_workers_are_replaced(in_process, folder, splits_option):
     assert same(train, in_process[0]) and same(test, in_process[1])
 
 
+def hanging(path):
+    """A folder whose one image is a pipe that nobody writes to: reading it blocks for ever."""
+    path.mkdir()
+    os.mkfifo(path / '1.jpg')
+    return decode.Video(str(path))
+
+
 def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reader, 'TIME_LIMIT', 4)
-    os.mkfifo(tmp_path / 'fifo.mp4')  # opening it for reading blocks for ever
-    videos = [decode.Video(str(tmp_path / 'fifo.mp4')), *(decode.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
+    videos = [hanging(tmp_path / 'pipe'), *(decode.Video(str(folder / 'jump' / f'{i}.mp4')) for i in range(3))]
     split = data.Split('train', ['x'], videos, np.zeros(4, np.int64))
     clips = reader.ClipReader(make_config(folder, workers=1), 32)
     next(clips.stream(split, [(0, [1])], True))  # the process is up
@@ -418,12 +427,11 @@ def test_a_video_that_hangs_the_decoder_is_given_up(folder, splits_option, tmp_p
     (_, indices), = clips.stream(split, [(0, [0, 1, 2])], True)
     clips.close()
     assert indices.tolist() == [3, 1, 2] and time.monotonic() - started < 20
-    assert 'fifo.mp4: not decoded within 4 s' in capsys.readouterr().err
+    assert 'pipe: not decoded within 4 s' in capsys.readouterr().err
 
 
 def test_a_video_that_workers_die_on_twice_is_given_up(folder, tmp_path, capsys):
-    os.mkfifo(tmp_path / 'fifo.mp4')  # a worker waits there until it is killed
-    videos = [decode.Video(str(folder / 'jump' / '0.mp4')), decode.Video(str(tmp_path / 'fifo.mp4'))]
+    videos = [decode.Video(str(folder / 'jump' / '0.mp4')), hanging(tmp_path / 'pipe')]
     clips, killed = reader.ClipReader(make_config(folder, workers=1), 32), []
 
     def kill():
@@ -440,7 +448,25 @@ def test_a_video_that_workers_die_on_twice_is_given_up(folder, tmp_path, capsys)
     results = [indices.tolist() for _, indices in stream]
     killer.join()
     clips.close()
-    assert results == [[], [0]] and 'fifo.mp4: the decoder crashed on it; left out' in capsys.readouterr().err
+    assert results == [[], [0]] and 'pipe: the decoder crashed on it; left out' in capsys.readouterr().err
+
+
+def test_workers_end_when_the_run_is_killed(tmp_path):
+    """Even one that is in the midst of a blocked read."""
+    video = hanging(tmp_path / 'pipe')
+    script = ('import decode, reader; from config import DEFAULTS; clips = reader.ClipReader(dict(DEFAULTS, workers=2, '
+              f'device="cpu"), 32); list(clips.check([decode.Video({video.path!r})]))')
+    run = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, cwd=os.path.dirname(reader.__file__))
+    writer = None
+    while writer is None and run.poll() is None:
+        with contextlib.suppress(OSError):  # no one reads yet
+            writer = os.open(os.path.join(video.path, '1.jpg'), os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    run.kill()
+    try:
+        run.communicate(timeout=20)  # ends when the last process that inherited the pipe has
+    finally:
+        os.close(writer)
 
 
 def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_option):

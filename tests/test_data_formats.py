@@ -279,6 +279,28 @@ def test_a_link_to_nowhere_is_unreadable(mixed):
     assert not [video for video in data.load_splits(config)['train'].videos if 'link.mp4' in video.path]
 
 
+def test_folders_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a' / 'clip').mkdir(parents=True)
+    (tmp_path / 'a' / 'locked').mkdir()
+    for name in ('1.mp4', 'clip/1.jpg', 'locked/1.jpg'):
+        (tmp_path / 'a' / name).touch()
+    os.symlink(tmp_path, tmp_path / 'a' / 'above')
+    os.symlink(tmp_path / 'a' / 'loop', tmp_path / 'a' / 'loop')
+    scan = os.scandir
+
+    def locked(path):  # root may read everything
+        if path.endswith('locked'):
+            raise PermissionError(13, 'Permission denied')
+        return scan(path)
+
+    monkeypatch.setattr(data.os, 'scandir', locked)
+    assert data.list_folders(str(tmp_path)) == [('a', decode.Video(str(tmp_path / 'a' / name))) for name in ('1.mp4', 'clip')]
+    err = capsys.readouterr().err
+    assert err.count('left out') == 2 and 'locked: Permission denied' in err and 'above: it links to a folder above it' in err
+    with pytest.raises(SystemExit, match='Cannot read the folder .*nowhere'):
+        data.list_folders(str(tmp_path / 'nowhere'))
+
+
 def test_check_tells_whether_training_can_start(mixed):
     with pytest.raises(SystemExit, match="cannot be trained: Class 'left' of split train has 6 videos"):
         check.check(dict(mixed, shot=5))
