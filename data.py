@@ -207,7 +207,8 @@ def split_classes(config, by_class):
     """-> dict(train=[class, ...], val=..., test=...), from lists, from fractions, or from folders of these names."""
     splits = config['splits']
     if splits is None:
-        splits = {split: [rows[0][0] for rows in by_class.values() if rows[0][1].startswith(split + '/')] for split in SPLITS}
+        splits = {split: [rows[0][0] for rows in by_class.values() if split in {row[3] or row[1].split('/')[0] for row in rows}]
+                  for split in SPLITS}
         if not splits['train']:
             sys.exit('splits is not set: name the classes, splits=dict(train=[...], val=[...], test=[...]), or give fractions, '
                      'splits=dict(train=0.6, val=0.2, test=0.2).')
@@ -266,16 +267,17 @@ def read_annotations(config):
             sys.exit(f'annotations may hold lists of train, val and test, not of {of!r}.')
         if not glob.glob(path) and not os.path.exists(path):
             sys.exit(f'There is no {path}.\n{config["fetch"]}')
-    listed, names = [], {}
+    listed, names, find = [], {}, finder(config['data_root'].rstrip('/'))
     for of, path in paths:
         files = sorted(glob.glob(os.path.join(glob.escape(path), '*') if os.path.isdir(path) else path)) or [path]
         for file in files:
-            kind, rows, some = read_list(file)
+            kind, rows, some = read_list(file, find)
             if len(files) < 9:
-                print(f'{file}: {kind}, {len(rows)} videos' if rows else f'{file}: {kind}', flush=True)
+                print(f'{file}: {kind}' + (f', {len(rows)} videos:' if rows else ''), flush=True)
+                for label, name, *_, split in rows[:3]:  # so that a wrong guess is seen
+                    print(f'  {name} is of {label!r}' + (f', {split}' if split else ''), flush=True)
             listed += [(*row[:4], of or row[4]) for row in rows]
             names.update(some)
-    find = finder(config['data_root'].rstrip('/'))
     splits = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
     wanted = {plain(name) for part in splits.values() for name in part}
     rows, unknown = [], []

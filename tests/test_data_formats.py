@@ -197,6 +197,36 @@ def test_path_and_label(disk, between, head):
         'jump': [('a b/my clip 1.mp4', None, None)], 'roll over': [('c/2.webm', None, None)]}
 
 
+@pytest.mark.parametrize('text', [
+    'path,class,split\na/1.mp4,hug,train\na/gone.mp4,hug,training\nb/2.mp4,run fast,val\n',
+    'class,path\nhug,a/1.mp4\nhug,a/gone.mp4\nrun fast,b/2.mp4\n', 'hug,1.mp4\nhug,gone.mp4\nrun fast,2.mp4\n',
+    'category\tfile name\tsubset\nhug\ta/1.mp4\ttrain\nhug\ta/gone.mp4\ttrain\nrun fast\tb/2.mp4\tvalidation\n',
+    'hug\t1\nhug\tgone\nrun fast\t2\n', 'a/gone.mp4,hug\na/1.mp4,hug\nb/2.mp4,run fast\n',
+    'name,category\na/1.mp4,hug\na/gone.mp4,hug\nb/2.mp4,run fast\n'])
+def test_columns_are_told_by_what_is_on_the_disk(disk, text, capsys):
+    read = disk(['a/1.mp4', 'b/2.mp4'], {'list.csv': text})
+    assert read(train=['hug'], val=['run fast']) == {
+        'hug': [('a/1.mp4', None, None), None], 'run fast': [('b/2.mp4', None, None)]}
+    out = capsys.readouterr().out
+    assert '3 videos:' in out and "is of 'run fast'" in out
+
+
+def test_a_list_tells_the_splits_of_classes_and_of_videos(disk, tmp_path):
+    disk(['1.mp4', '2.mp4', '3.mp4'], {'list.csv': '1.mp4,hug,train\n2.mp4,run,train\n3.mp4,jump,val\n'})
+    config = dict(DEFAULTS, data_root=str(tmp_path / 'root'), annotations=str(tmp_path / 'list.csv'))
+    assert [classes for classes, _ in data.list_videos(config).values()] == [['hug', 'run'], ['jump'], []]
+    (tmp_path / 'list.csv').write_text('1.mp4,hug,train\n2.mp4,run,train\n3.mp4,hug,val\n')
+    with pytest.raises(SystemExit, match="class 'hug' stands in train and in val"):
+        data.list_videos(config)
+    listed = data.list_videos(dict(config, closed_set=True, holdout=dict(val=0.0, test=0.0)))
+    assert [[name for _, name, _ in rows] for _, rows in listed.values()] == [['1.mp4', '2.mp4'], ['3.mp4'], [], []]
+
+
+def test_a_class_name_with_a_comma_is_no_column(disk):
+    read = disk(['x/46768.webm'], {'list.txt': 'Lifting something up, then letting it drop down/46768\n'})
+    assert read(train=['Lifting something up then letting it drop down'])
+
+
 def test_bad_lists_are_named(disk, tmp_path):
     for name, text, message in (('a.txt', 'just words\nand more/x y z/\n', 'a.txt is in none of the known formats'),
                                 ('b.json', '[{"id": "1"}]', 'b.json.*no label'), ('c.json', '[{', 'c.json'),
