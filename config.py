@@ -102,7 +102,7 @@ POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'qu
             'jobs', 'lam', 'width', 'views', 'crops')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
                 'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
-PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support',
          'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -192,19 +192,26 @@ def load_config(argv, own=None, saved=None, script=None):
 
 
 def parse(argv):
-    """Arguments -> the sample config's path or None, and {key: value}."""
-    files = [arg for arg in argv if not arg.startswith('--')]
-    if len(files) > 1:
-        sys.exit(f'Expected one sample config, got {len(files)}: {" ".join(files)}. Options are written --key=value.')
-    given = {}
+    """Arguments -> the sample config's path or None, and {key: value}. An option is --key=value, --key value, or --key: True."""
+    words = []
     for arg in argv:
-        if arg in files or arg == '--help':
+        sample = arg.endswith('.py') and words[-1:] != ['--method']
+        if words and re.fullmatch(r'--\w+', words[-1]) and not arg.startswith('--') and not sample:
+            words[-1] += '=' + arg
+        else:
+            words.append(arg)
+    files = [word for word in words if not word.startswith('--')]
+    if len(files) > 1 or not all(file.endswith('.py') for file in files):
+        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, patterns in quotes.')
+    given = {}
+    for word in words:
+        if word in files or word == '--help':
             continue
-        key, equals, text = arg[2:].partition('=')
-        if not equals:
-            sys.exit(f'{arg}: options are written --key=value, for example --{key or "lr"}=1; --help prints them all.')
+        key, equals, text = word[2:].partition('=')
+        if equals and not text:
+            sys.exit(f'--{key}= is empty: give it a value, or leave it out.')
         try:
-            given[key] = ast.literal_eval(text)
+            given[key] = ast.literal_eval(text) if equals else True
         except (ValueError, SyntaxError):
             given[key] = text
     return files[0] if files else None, given

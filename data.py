@@ -89,11 +89,20 @@ def list_videos(config):
     root = config['data_root'].rstrip('/')
     if unknown := set(config['splits'] or {}) - set(SPLITS):
         sys.exit(f'splits may hold train, val and test, not {", ".join(sorted(map(str, unknown)))}.')
+    for split, part in (config['splits'] or {}).items():
+        if not isinstance(part, (list, float)):
+            sys.exit(f'splits: {split}={part!r} must be a list of classes, or a share such as 0.6.')
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
-        rows, names = [], {}
-        for folder, video in list_folders(root):
+        rows, names, found = [], {}, list_folders(root)
+        loose = [video.path for _, video in found if os.path.dirname(video.path) == root]
+        if loose:
+            print(f'Warning: {root} holds {len(loose)} videos outside of class folders, such as {loose[0]}; left out.',
+                  file=sys.stderr, flush=True)
+        for folder, video in found:
+            if video.path in loose:
+                continue
             name = video.path[len(root) + 1:]
             above = re.split(r'[\\/]', name)[0]
             rows.append((folder, name, video, above if above in SPLITS else None))
@@ -344,6 +353,8 @@ def episode(split, way, shot, queries, seed, number):
     The supports first, class by class, then the queries, class by class; no video twice. Where the split has groups, the
     classes of an even number are of one group, those of an odd one of as many groups. A function of its arguments alone.
     """
+    if not split.classes:
+        sys.exit(f'Split {split.name} has no classes: name some for it in splits.')
     if split.most_ways < way:
         groups = f' in {len(split.groups)} groups, the smallest of {min(map(len, split.groups))}' if split.groups else ''
         sys.exit(f'Split {split.name} has {len(split.classes)} classes{groups}, too few for {way}-way episodes: lower way.')

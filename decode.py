@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv')
+VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv', '.gif')
 IMAGES = ('.jpg', '.jpeg', '.png')
 
 
@@ -81,6 +81,8 @@ def read_frames(path, pick, short_side, notes=None):
                 pictures, indices = decode(container, pick, short_side, [] if notes is None else notes)
         if not pictures:
             raise ValueError('no frame could be decoded')
+        if len({picture.shape for picture in pictures.values()}) > 1:
+            raise ValueError('its images are of different sizes')
         return np.stack([pictures[i] for i in indices])
     except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
         raise UnreadableVideo(f'{path}: {getattr(error, "strerror", None) or error or type(error).__name__}') from error

@@ -173,7 +173,9 @@ def main():
         split = data.load_splits(config)[config['test_split']]
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
-    if not given:
+    if given:
+        load_episodes(listed, split)  # stops here if it is none
+    else:
         data.check_test(config, split)
     warn_of_trained(found, split)
     tested, rows_of_videos = encode_all(config, found, split)

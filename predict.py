@@ -159,14 +159,13 @@ def find_queries(query):
     stays in the list, to be named when it is read."""
     paths = []
     for item in query if isinstance(query, list) else [query]:
-        item = os.path.normpath(item)
+        item = os.path.expanduser(item)
         if os.path.isdir(item):
             found = sorted((video.path for _, video in data.list_folders(item)), key=number_in)
         else:
             found = [] if os.path.exists(item) else sorted(glob.glob(item), key=number_in)
         paths += found or [item]
-    shorter = (min(path, os.path.relpath(path), key=len) for path in paths)
-    return list(dict.fromkeys(shorter))
+    return list(dict.fromkeys(paths))
 
 
 def whole_clips(paths, reader):

@@ -306,6 +306,22 @@ def test_a_failing_query_is_named_and_the_rest_go_on(world, call, tmp_path):
     assert call(query=paths[0]).status == '1 of 1 queries could not be read.'
 
 
+def test_queries_are_named_as_the_user_named_them(world, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    names = ['./queries/red.mp4', str(world / 'queries' / 'blue.mp4'), '../' + world.name + '/queries/green.mp4']
+    result = call(query=names, csv=tmp_path / 'out.csv', json=True)
+    with open(tmp_path / 'out.csv', newline='') as file:
+        assert [row['query'] for row in csv.DictReader(file)] == names == [row['query'] for row in result.rows]
+    assert [row['query'] for row in call(query='queries/', json=True).rows] == [f'queries/{name}.mp4' for name in COLOURS]
+
+
+def test_a_folder_for_a_checkpoint_is_its_best(world, call, tmp_path):
+    shutil.copy(world / 'joint.pt', tmp_path / 'best.pt')
+    (row,) = call(ckpt=tmp_path, query=world / 'queries' / 'red.mp4', json=True).rows
+    assert row['method'] == 'vba'
+    assert 'There is no checkpoint' in call(ckpt=world, query=world / 'queries').status
+
+
 @pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'joint', 'False'])
 def test_saved_examples_give_the_same_and_need_no_clips(world, call, tmp_path, name):
     shutil.copytree(world / 'examples', tmp_path / 'examples')
