@@ -13,6 +13,7 @@ folder. The result is a plain dict.
 import ast
 import difflib
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -148,6 +149,8 @@ def load_config(argv, own=None, saved=None, script=None):
     sentence at an unknown key, a wrong type or an impossible value.
     """
     script = script or sys.modules['__main__']
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='surrogateescape')  # file names that are no UTF-8 are printed as they are
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
     sample, given = parse(argv)
@@ -192,7 +195,7 @@ def load_config(argv, own=None, saved=None, script=None):
 
 
 def parse(argv):
-    """Arguments -> the sample config's path or None, and {key: value}. An option is --key=value, --key value, or --key: True."""
+    """Arguments -> the sample config's path or None, and {key: value}; --key=value, --key value, or --key, which is True."""
     words = []
     for arg in argv:
         sample = arg.endswith('.py') and words[-1:] != ['--method']
@@ -202,7 +205,8 @@ def parse(argv):
             words.append(arg)
     files = [word for word in words if not word.startswith('--')]
     if len(files) > 1 or not all(file.endswith('.py') for file in files):
-        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, patterns in quotes.')
+        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, with patterns in '
+                 'quotes.')
     given = {}
     for word in words:
         if word in files or word == '--help':

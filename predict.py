@@ -201,7 +201,7 @@ def answer(config, classes, rows, method):
             yield start, end, scores
 
     try:
-        file = open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8')
+        file = open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8', errors='surrogateescape')
     except OSError as error:
         sys.exit(f'Cannot write {config["csv"]}: {error.strerror}.')
     with file:

@@ -258,7 +258,8 @@ def test_help_of_a_real_process(tmp_path):
 # ---- What is wrong
 
 @pytest.mark.parametrize('option, words', [
-    ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('lr', 'float')), ('--query=', ('--query= is empty',)), ('--lr=fast', ('lr', 'float')),
+    ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('lr', 'float')), ('--lr=fast', ('lr', 'float')),
+    ('--query=', ('--query= is empty',)),
     ('--way=2.5', ('way', 'int')), ('--cross_video=True', ('cross_video', "'inductive'")),
     ('--way=0', ('way', 'positive')), ('--flip=1', ('flip', 'bool')),
     ('--splits=3', ('splits', 'int')), ('--device=cuda:1', ('device', "'cuda'")),
