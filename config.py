@@ -205,7 +205,7 @@ def parse(argv):
             words.append(arg)
     files = [word for word in words if not word.startswith('--')]
     if len(files) > 1 or not all(file.endswith('.py') for file in files):
-        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, with patterns in '
+        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, patterns in '
                  'quotes.')
     given = {}
     for word in words:

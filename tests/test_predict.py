@@ -3,7 +3,9 @@
 import csv
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
 import sys
 import weakref
 from collections import deque
@@ -21,10 +23,11 @@ import clip_loader
 import predict
 import testing
 from config import DEFAULTS, ROOT, find_method
+from data import Split
 from decode import UnreadableVideo, Video
 from model import VBA, Episode, bring, look, trainable_state
 from reader import ClipMaker
-from tools import timeline
+from tools import pictures, timeline
 
 COLOURS = dict(blue=(20, 30, 220), green=(30, 200, 40), red=(220, 30, 20))
 OPTIONS = dict(frames=4, resize=32, workers=0, device='cpu', dtype='float32')
@@ -313,6 +316,30 @@ def test_queries_are_named_as_the_user_named_them(world, call, tmp_path, monkeyp
     with open(tmp_path / 'out.csv', newline='') as file:
         assert [row['query'] for row in csv.DictReader(file)] == names == [row['query'] for row in result.rows]
     assert [row['query'] for row in call(query='queries/', json=True).rows] == [f'queries/{name}.mp4' for name in COLOURS]
+
+
+def test_names_that_are_not_utf_8(world, tmp_path):
+    """As a process of its own: what is printed and written are the very bytes of the names."""
+    folder = os.fsencode(tmp_path) + b'/caf\xe9'
+    try:
+        shutil.copytree(world / 'examples', os.fsdecode(folder))
+    except OSError:
+        pytest.skip('this file system takes UTF-8 alone')
+    os.rename(folder + b'/red', folder + b'/r\xf6t')
+    run = subprocess.run([sys.executable, f'{ROOT}/predict.py', b'--support=' + folder, b'--query=' + folder + b'/r\xf6t/0.mp4',
+                          f'--clip={world / "clip.pt"}', '--resize=32', '--frames=4', '--workers=0', '--device=cpu',
+                          f'--csv={tmp_path / "out.csv"}'], capture_output=True)
+    assert run.returncode == 0 and folder + b'/r\xf6t/0.mp4: r\xf6t ' in run.stdout, run.stderr
+    assert (tmp_path / 'out.csv').read_bytes().splitlines()[1].startswith(folder + b'/r\xf6t/0.mp4,,,r\xf6t,')
+
+
+def test_a_test_of_names_that_are_not_utf_8(tmp_path):
+    names = ['caf\udce9', 'red']
+    split = Split('test', names, [Video('cl\udcefp.mp4'), Video('b.mp4')], np.arange(2))
+    assert testing.hash_of(split, np.zeros((1, 2), int)) != testing.hash_of(split, np.ones((1, 2), int))
+    row = dict(confusion=[[1, 0], [0, 1]], classes=names, method='m', shot=1, accuracy=50.0)
+    pictures.confusion(row, str(tmp_path / 'c.png'))
+    assert (tmp_path / 'c.png').stat().st_size > 1000
 
 
 def test_a_folder_for_a_checkpoint_is_its_best(world, call, tmp_path):
