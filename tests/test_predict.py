@@ -612,6 +612,8 @@ def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
 def test_merge():
     rows = [(0, 2, 'a', 0.5), (1, 3, 'a', 0.7), (2, 4, 'b', 0.9), (3, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
     assert list(timeline.merge(rows)) == [(0, 2.5, 'a', 0.6), (2.5, 3.5, 'b', 0.9), (3.5, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
+    apart = [(0, 2, 'a', 0.5), (2, 4, 'a', 0.7), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]  # a stride above the window
+    assert list(timeline.merge(apart)) == [(0, 4, 'a', 0.6), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]
     assert list(timeline.merge([])) == []
 
 

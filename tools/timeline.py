@@ -156,11 +156,12 @@ def all_windows(paths, config, image_size):
 def merge(rows):
     """Windows (start, end, class, score) in order -> yields the same with neighbours of one class joined, scores averaged.
 
-    Where windows of two classes overlap, the boundary is the middle of the overlap.
+    Where windows of two classes overlap, the boundary is the middle of the overlap; where there are seconds between windows,
+    which none has seen, the stretch ends.
     """
     run = None  # start, end, class, sum of scores, windows
     for start, end, name, value in rows:
-        if run and run[2] == name:
+        if run and run[2] == name and start < run[1] + 1e-6:
             run = [run[0], end, name, run[3] + value, run[4] + 1]
             continue
         if run:
