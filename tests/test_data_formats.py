@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -253,17 +254,17 @@ def mixed(tmp_path):
     """Two classes with four good videos, a short, a cut, a broken and a listed but missing one; two small classes."""
     root = tmp_path / 'videos'
     lines = []
-    for name in ('left', 'right'):
+    for name, size in dict(left=(64, 48), right=(72, 48)).items():
         (root / name).mkdir(parents=True)
         for i in range(4):
-            write_clip(root / name / f'{i}.mp4', frames=12 + i, options=dict(preset='ultrafast'))
-        write_clip(root / name / 'short.mp4', frames=5, options=dict(preset='ultrafast'))
-        path = write_clip(root / name / 'cut.avi', frames=40, codec='mpeg4')
+            write_clip(root / name / f'{i}.mp4', frames=12 + i, size=size, options=dict(preset='ultrafast'))
+        write_clip(root / name / 'short.mp4', frames=5, size=size, options=dict(preset='ultrafast'))
+        path = write_clip(root / name / 'cut.avi', frames=40, size=size, codec='mpeg4')
         os.truncate(path, os.path.getsize(path) * 3 // 4)
-        (root / name / 'broken.mp4').write_bytes(b'nothing')
+        (root / name / 'broken.mp4').write_bytes(b'nothing ' + name.encode())
         lines += [f'{name}/{file}.mp4' for file in (0, 1, 2, 3, 'short', 'cut', 'broken', 'gone')]
-    for name in ('up', 'down'):
-        lines += [write_folder(root / name / str(i), 9)[len(str(root)) + 1:] for i in range(2)]
+    for name, size in dict(up=(64, 48), down=(72, 48)).items():
+        lines += [write_folder(root / name / str(i), 9, size)[len(str(root)) + 1:] for i in range(2)]
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
     return dict(DEFAULTS, data_root=str(root), annotations=str(tmp_path / 'list.txt'),
                 splits=dict(train=['left', 'right'], val=['up', 'down']), out_dir=str(tmp_path / 'out'), way=2, shot=2,
@@ -298,6 +299,24 @@ def test_check(mixed, capsys, monkeypatch):
     check.check(mixed)
     assert [os.path.basename(video.path) for video in opened] == ['broken.mp4']
     assert len(data.load_splits(mixed)['train'].videos) == 13
+
+
+def test_the_same_video_in_two_splits_is_named(mixed, capsys):
+    """Copies under other names; not those of one class, nor others of the same size."""
+    root = pathlib.Path(mixed['data_root'])
+    for name in ('left', 'up'):  # a file twice in a class, and in another split
+        (root / name / 'copy.mp4').write_bytes((root / 'left' / '0.mp4').read_bytes())
+    (root / 'right' / 'other.mp4').write_bytes((root / 'left' / '1.mp4').read_bytes()[:-1] + b'x')
+    (root / 'right' / 'another.mp4').write_bytes(b'x' + (root / 'left' / '1.mp4').read_bytes()[1:])
+    shutil.copytree(root / 'up' / '0', root / 'down' / 'copy')
+    config = dict(mixed, annotations=None)
+    check.check(config)
+    out, lines = capsys.readouterr().out, open(os.path.join(mixed['out_dir'], 'check.txt')).read()
+    found = check.find_twice(data.list_videos(config))
+    assert [[os.path.relpath(path, root) for *_, path in places] for places in found] == [
+        ['left/0.mp4', 'left/copy.mp4', 'up/copy.mp4'], ['up/0', 'up/1', 'down/copy']]
+    assert '2 videos are there twice, in two classes or splits, such as' in out
+    assert f'{root}/up/copy.mp4 (val, up)' in lines and 'left/1.mp4' not in lines
 
 
 def test_a_link_to_nowhere_is_unreadable(mixed):
