@@ -100,11 +100,11 @@ TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list
              test_ways=list, image_size=int, workers=int)  # besides None; other options that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
-            'jobs', 'lam', 'width', 'views', 'crops')
+            'jobs', 'lam', 'width', 'views', 'crops', 'smooth')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
+                'seed', 'window', 'least', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support',
-         'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
+         'save_support', 'csv', 'report', 'episodes_file', 'sheet', 'draw')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

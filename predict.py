@@ -13,6 +13,7 @@ with closed_set=True needs no examples: it answers with its own classes, or wher
 """
 
 import csv
+import functools
 import glob
 import itertools
 import json
@@ -30,7 +31,7 @@ from config import amp, name_of, resolve
 from decode import VIDEOS, Video, number_in
 from model import Episode, look
 from reader import ClipReader
-from tools import timeline
+from tools import report, timeline
 
 BATCH = 16  # clips encoded at a time
 OPTIONS = dict(
@@ -44,7 +45,10 @@ OPTIONS = dict(
     save_support=None,         # a file to keep the encoded examples in
     window=0.0,                # seconds of a window that slides over each query; 0: one label for the whole clip
     stride=1.0,                # seconds from one window to the next
+    smooth=1,                  # windows whose scores are averaged around each one of a timeline
+    least=0.0,                 # seconds; shorter stretches of a timeline go to their neighbours
     csv=None,                  # a file for the scores of every window
+    report=None,               # an HTML page of frames, scores and the nearest examples, or of timelines
 )
 
 
@@ -89,7 +93,8 @@ def encode_examples(config, clip, method, split, reader):
     for label, name in enumerate(split.classes):
         if label not in labels:
             sys.exit(f'Class {name!r} has no clip that could be read: each class needs one.')
-    return dict(classes=split.classes, labels=labels, kept=[torch.cat(parts) for parts in zip(*kept)])
+    paths = [split.videos[i].path for i in read]
+    return dict(classes=split.classes, labels=labels, paths=paths, kept=[torch.cat(parts) for parts in zip(*kept)])
 
 
 def load_examples(path, made):
@@ -177,12 +182,12 @@ def whole_clips(paths, reader):
 
 
 def labelled(clips, label):
-    """An iterator of (path, start, end, clip or a word) -> the same with a list of N scores for each clip, BATCH at a time."""
+    """An iterator of (path, start, end, clip or a word) -> (path, start, end, N scores or the word, clip), BATCH at a time."""
     while batch := list(itertools.islice(clips, BATCH)):
         good = [clip for *_, clip in batch if not isinstance(clip, str)]
         scores = iter(label(torch.stack(good)).tolist() if good else [])
         for *where, clip in batch:
-            yield *where, clip if isinstance(clip, str) else next(scores)
+            yield *where, clip if isinstance(clip, str) else next(scores), clip
 
 
 # ---- Answers
@@ -192,7 +197,7 @@ def answer(config, classes, rows, method):
     failed = {}
 
     def good(path, rows):  # -> (start, end, scores)
-        for _, start, end, scores in rows:
+        for _, start, end, scores, _ in rows:
             if isinstance(scores, str):
                 failed[path] = scores
                 continue
@@ -212,8 +217,7 @@ def answer(config, classes, rows, method):
             if config['window']:
                 say(path)
                 found['timeline'] = []
-                for start, end, name, value in timeline.merge((start, end, classes[np.argmax(scores)], max(scores))
-                                                     for start, end, scores in good(path, rows_of_path)):
+                for start, end, name, value in timeline.stretches(good(path, rows_of_path), classes, config):
                     found['timeline'].append(dict(start=start, end=end, name=name, score=value))
                     say(f'{start:9.1f} {end:9.1f} s   {value:.3f}  {name}')
             for _, _, scores in () if config['window'] else good(path, rows_of_path):
@@ -268,7 +272,10 @@ def main():
         paths = find_queries(config['query'])
         size = clip.visual.image_size
         clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
-        scored = labelled(clips, lambda frames: label(config, clip, method, examples, frames))
+        by_method = functools.partial(label, config, clip, method)
+        scored = labelled(clips, functools.partial(by_method, examples))
+        if config['report']:
+            scored = report.page(config, examples, size, scored, by_method)
         failed = answer(config, classes, scored, name)
     finally:
         reader.close()

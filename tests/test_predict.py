@@ -1,6 +1,8 @@
 """Your own clips: two or three classes of plainly coloured videos, made on the spot, and a tiny CLIP of random weights."""
 
+import base64
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -10,7 +12,9 @@ import sys
 import weakref
 from collections import deque
 from fractions import Fraction
+from html.parser import HTMLParser
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -615,6 +619,70 @@ def test_merge():
     apart = [(0, 2, 'a', 0.5), (2, 4, 'a', 0.7), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]  # a stride above the window
     assert list(timeline.merge(apart)) == [(0, 4, 'a', 0.6), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]
     assert list(timeline.merge([])) == []
+
+
+class Page(HTMLParser):
+    """The elements of an HTML page, [(tag, attributes), ...], and its words."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.words = [], []
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, words):
+        self.words.append(words)
+
+    def of(self, name):
+        return [attrs for tag, attrs in self.elements if tag == name]
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+def test_report_of_clips(world, call, tmp_path, name):
+    """Each query beside the example that is nearest: a copy of one is nearest to this one."""
+    (tmp_path / 'none.mp4').touch()
+    shutil.copytree(world / 'examples', tmp_path / 'a <b> & c')
+    copies = [tmp_path / f'copy_{label}.mp4' for label in ('blue', 'red')]
+    for copied, label in zip(copies, ('blue', 'red')):
+        shutil.copy(world / 'examples' / label / '1.mp4', copied)
+    options = options_for(world, name) | dict(json=True, report=tmp_path / 'out' / 'report.html')
+    options['support'] = tmp_path / 'a <b> & c'
+    result = call(query=[str(path) for path in (*copies, tmp_path / 'none.mp4')], top=3, **options)
+    page = Page(tmp_path / 'out' / 'report.html')
+    assert [f'/{label}/1.mp4' in ''.join(page.words) for label in ('blue', 'green', 'red')] == [True, False, True]
+    widths = [float(bar['style'].split(':')[1].rstrip('%')) / 100 for bar in page.of('i')]
+    assert widths == pytest.approx([item['score'] for row in result.rows[:2] for item in row['classes']], abs=6e-4)
+    pictures = [base64.b64decode(image['src'].removeprefix('data:image/jpeg;base64,')) for image in page.of('img')]
+    assert len(pictures) == 4 and all(av.open(io.BytesIO(image)).streams.video[0].width == 4 * 32 for image in pictures)
+    assert 'none.mp4' in ''.join(page.words) and len(page.of('section')) == 3 and not page.of('b')
+    assert not [attrs for _, attrs in page.elements if 'http' in str(attrs.get('src'))]
+    call(query=copies[0], save_support=tmp_path / 'kept.pt', **options)
+    assert call(**(options | dict(support=tmp_path / 'kept.pt', query=copies[0]))).status is None
+    assert '/blue/1.mp4' in ''.join(Page(tmp_path / 'out' / 'report.html').words)
+
+
+def test_report_of_a_long_video(world, call, tmp_path):
+    path = write_video(tmp_path / 'a 100% long.mp4', [*shades('red', 60, 5), *shades('blue', 60, 6)])
+    (row,) = call(query=path, window=2.0, stride=2.0, json=True, report=tmp_path / 'out' / 'report.html').rows
+    page = Page(tmp_path / 'out' / 'report.html')
+    (video,) = page.of('video')
+    assert (tmp_path / 'out' / unquote(video['src'])).resolve() == path
+    stretches = [attrs for attrs in page.of('b') if 'data-start' in attrs]
+    assert [float(each['data-start']) for each in stretches] == [part['start'] for part in row['timeline']] == [0, 6]
+    assert 'left:50.000%;width:50.000%' in stretches[1]['style'] and 'blue' in stretches[1]['title']
+    assert 'Cannot write' in call(query=path, window=2.0, report=world / 'clip.pt' / 'report.html').status
+
+
+@pytest.mark.parametrize('smooth, least, expected', [
+    (1, 0.0, 'a0-4 b4-5 a5-9 c9-10 b10-14'), (1, 2.0, 'a0-10 b10-14'), (3, 0.0, 'a0-9 b9-14'), (1, 99.0, 'a0-14')])
+def test_smooth_timelines_and_short_stretches(smooth, least, expected):
+    rows = [(i, i + 1, [0.0 + (name == each) for each in 'abc']) for i, name in enumerate('aaaabaaaacbbbb')]
+    rows[9][2][1] = 0.9  # c is nearly b
+    found = timeline.stretches(iter(rows), 'abc', dict(smooth=smooth, least=least, stride=1.0))
+    assert ' '.join(f'{name}{start:g}-{end:g}' for start, end, name, _ in found) == expected
+    assert not list(timeline.stretches([], 'abc', dict(smooth=smooth, least=least, stride=1.0)))
 
 
 def test_needs(call, world):

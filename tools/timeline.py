@@ -1,7 +1,7 @@
 """Windows that slide over long videos, and the timeline of their labels: what `predict.py --window=2.0` adds.
 
 In reading order: measure, timed_frames, windows (from a file to clips in time); windows_apart, all_windows (the same from a
-process of its own, for many files); merge (neighbours of one class are one stretch).
+process of its own, for many files); stretches, merge (neighbours of one class are one stretch).
 """
 
 import itertools
@@ -151,6 +151,29 @@ def all_windows(paths, config, image_size):
         except UnreadableVideo as error:
             print(f'Warning: unreadable video {error}; left out.', file=sys.stderr, flush=True)
             yield path, None, None, str(error)
+
+
+def stretches(rows, classes, config):
+    """Windows (start, end, scores (N,)) in order -> yields (start, end, class, score), neighbours of one class joined.
+
+    With config['smooth'] each window's scores are first the mean over that many windows around it; with config['least'] a
+    stretch of fewer seconds goes to its neighbours, half to each. Both wait for the last window.
+    """
+    if config['smooth'] == 1 and not config['least']:
+        yield from merge((start, end, classes[np.argmax(scores)], max(scores)) for start, end, scores in rows)
+        return
+    rows, reach = list(rows), config['smooth'] // 2
+    scores = [np.mean([near for *_, near in rows[max(0, i - reach):i + reach + 1]], 0) for i in range(len(rows))]
+    best = np.array([each.argmax() for each in scores])
+    while len(best):
+        runs = list(itertools.pairwise([0, *np.flatnonzero(np.diff(best)) + 1, len(best)]))
+        first, end = min(runs, key=lambda run: run[1] - run[0])
+        if len(runs) == 1 or (end - first) * config['stride'] >= config['least']:
+            break
+        before, after = best[first - 1 if first else end], best[end if end < len(best) else first - 1]
+        middle = (first + end + 1) // 2
+        best[first:middle], best[middle:end] = before, after
+    yield from merge((start, end, classes[i], each[i]) for (start, end, _), i, each in zip(rows, best, scores))
 
 
 def merge(rows):
