@@ -97,14 +97,14 @@ CHOICES = dict(
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
-             test_ways=list, image_size=int, workers=int)  # besides None; other options that are None are texts
+             test_ways=list, image_size=int, workers=int, unknown=(int, float))  # besides None; others that are None are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops', 'smooth')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
                 'seed', 'window', 'least', 'per_class', 'prefix', 'postfix', 'layers', 'finetune')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support',
-         'save_support', 'csv', 'report', 'episodes_file', 'sheet', 'draw')
+         'save_support', 'csv', 'report', 'episodes_file', 'sheet', 'draw', 'out')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

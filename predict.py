@@ -33,6 +33,7 @@ from model import Episode, look
 from reader import ClipReader
 from tools import report, timeline
 
+NONE = 'none of these'
 BATCH = 16  # clips encoded at a time
 OPTIONS = dict(
     support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
@@ -40,6 +41,7 @@ OPTIONS = dict(
     query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
     ckpt=None,                 # a checkpoint
     method='mean_pool',        # without a checkpoint: a method that needs no training
+    unknown=None,              # a raw score, as eval.py --open_set=True finds one; below it the answer is 'none of these'
     top=1,                     # classes printed for each query, best first
     json=False,                # print one JSON object a line instead
     save_support=None,         # a file to keep the encoded examples in
@@ -142,7 +144,8 @@ def number_of(examples):
 
 @torch.no_grad()
 def label(config, clip, method, examples, frames):
-    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode."""
+    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode. With
+    config['unknown'] the last of N + 1 is that of 'none of these'."""
     kept = encode(config, clip, method, frames)
     if len(examples['labels']):
         kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], kept)]
@@ -154,7 +157,10 @@ def label(config, clip, method, examples, frames):
             scores = method.scores(kept, Episode(labels, classes, examples['classes'], joint=False, index=index))
     except ValueError as error:  # of a name that it cannot read
         sys.exit(str(error))
-    return scores[0].float().softmax(-1)
+    scores = scores[0].float()
+    if config['unknown'] is not None:  # one more class, of this score everywhere
+        scores = torch.cat([scores, torch.full_like(scores[:, :1], config['unknown'])], -1)
+    return scores.softmax(-1)
 
 
 # ---- Queries
@@ -265,17 +271,17 @@ def main():
             save_examples(config['save_support'], dict(examples, made=made))
         if not config['query']:
             return
-        name, classes = name_of(config['method']), examples['classes']
+        name, classes = name_of(config['method']), examples['classes'] + [NONE] * (config['unknown'] is not None)
         if not config['json']:
             print(f'{name}, {len(classes)} classes, {number_of(examples)} examples each; scores add up to 1 over the classes',
                   flush=True)
         paths = find_queries(config['query'])
         size = clip.visual.image_size
         clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
-        by_method = functools.partial(label, config, clip, method)
-        scored = labelled(clips, functools.partial(by_method, examples))
+        scored = labelled(clips, lambda frames: label(config, clip, method, examples, frames))
         if config['report']:
-            scored = report.page(config, examples, size, scored, by_method)
+            by_method = functools.partial(label, config | dict(unknown=None), clip, method)
+            scored = report.page(config, examples, classes, size, scored, by_method)
         failed = answer(config, classes, scored, name)
     finally:
         reader.close()

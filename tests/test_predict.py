@@ -35,7 +35,7 @@ from tools import pictures, timeline
 
 COLOURS = dict(blue=(20, 30, 220), green=(30, 200, 40), red=(220, 30, 20))
 OPTIONS = dict(frames=4, resize=32, workers=0, device='cpu', dtype='float32')
-CONFIG = DEFAULTS | OPTIONS
+CONFIG = DEFAULTS | dict(unknown=None) | OPTIONS
 
 
 def write_video(path, pictures, rate=10, times=None):
@@ -184,6 +184,33 @@ def test_labels_need_no_order(monkeypatch):
     for method in both(7.0):
         expected = labelled_as(monkeypatch, method, support, query, labels)
         assert torch.allclose(labelled_as(monkeypatch, method, support[order], query, labels[order]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_none_of_these_is_below_the_raw_score(monkeypatch, which):
+    """By hand: one more class of a fixed logit; the others keep their shares."""
+    torch.manual_seed(3)
+    support, query, labels = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    method, labels_of = both(7.0)[which], lambda config: predict.label(
+        config, None, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), None)
+    monkeypatch.setattr(predict, 'encode', lambda *_: [query])
+    episode = Episode(labels, torch.arange(3)[None], ['a', 'b', 'c'], joint=False, index=torch.arange(8)[None])
+    raw = method.scores([torch.cat([support, query])], episode)[0]
+    best = raw.amax(1).tolist()
+    found, plain = labels_of(CONFIG | dict(unknown=sum(best) / 2)), labels_of(CONFIG | dict(unknown=None))
+    assert found.shape == (2, 4) and [row.argmax() == 3 for row in found] == [value < sum(best) / 2 for value in best]
+    assert torch.allclose(found.sum(1), torch.ones(2)) and plain.shape == (2, 3)
+    assert torch.allclose(found[:, :3] / found[:, :3].sum(1, keepdim=True), plain, atol=1e-5)
+
+
+def test_none_of_these_is_an_answer(world, call, tmp_path):
+    query = world / 'queries' / 'red.mp4'
+    (row,) = call(query=query, unknown=1000, json=True, csv=tmp_path / 'out.csv', report=tmp_path / 'r.html').rows
+    assert row['classes'] == [dict(name='none of these', score=1.0)] and 'none of these' in (tmp_path / 'out.csv').read_text()
+    assert '/red/' in ''.join(Page(tmp_path / 'r.html').words)  # the nearest example all the same
+    (row,) = call(query=query, unknown=0.5, json=True).rows
+    assert row['classes'][0]['name'] == 'red'
+    assert call(query=query, unknown=1000, window=0.5, json=True).rows[0]['timeline'][0]['name'] == 'none of these'
 
 
 def test_equal_shots_are_those_of_the_test(monkeypatch):

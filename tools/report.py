@@ -46,10 +46,11 @@ for (const stretch of document.querySelectorAll('.line b'))
 '''
 
 
-def page(config, examples, size, rows, label):
+def page(config, examples, classes, size, rows, label):
     """Passes on what `labelled` of predict.py yields, then writes config['report'].
 
-    size: of the model's frames; label: function (examples, clips (M, T, 3, H, W)) -> scores (M, N).
+    classes: the names of the N scores; size: of the model's frames; label: function (examples, clips (M, T, 3, H, W)) -> scores
+    (M, N).
     """
     maker, windows, parts = ClipMaker(config, size), {}, []
     for row in rows:
@@ -58,10 +59,10 @@ def page(config, examples, size, rows, label):
         if isinstance(scores, str):
             parts.append(f'<section><h2>{text(path)}</h2><p class=error>{text(scores)}</section>')
         elif start is None:
-            parts.append(clip_part(config, examples, maker, path, scores, clip, label))
+            parts.append(clip_part(examples, classes, maker, path, scores, clip, label))
         else:
             windows.setdefault(path, []).append((start, end, scores))
-    parts += [video_part(config, examples['classes'], path, spans) for path, spans in windows.items()]
+    parts += [video_part(config, classes, path, spans) for path, spans in windows.items()]
     title = f'{name_of(config["method"])}, {len(examples["classes"])} classes'
     content = (f'<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
                f'{"".join(parts)}<script>{SCRIPT}</script>\n')
@@ -72,9 +73,9 @@ def page(config, examples, size, rows, label):
         sys.exit(f'Cannot write {config["report"]}: {error.strerror}.')
 
 
-def clip_part(config, examples, maker, path, scores, clip, label):
+def clip_part(examples, classes, maker, path, scores, clip, label):
     """HTML of one clip (T, 3, H, W) uint8 and its scores (N,)."""
-    best = sorted(zip(scores, examples['classes']), reverse=True)[:BARS]
+    best = sorted(zip(scores, classes), reverse=True)[:BARS]
     bars = ''.join(f'<div class=bar>{text(name)}<span><i style="width:{100 * value:.1f}%"></i></span>{value:.3f}</div>'
                    for value, name in best)
     near = ''
