@@ -116,6 +116,7 @@ def configure(argv, own):
     listed = given.get('ckpt') or []
     patterns = listed if isinstance(listed, list) else [listed]
     paths = sum((sorted(glob.glob(os.path.expanduser(path))) or [path] for path in patterns), [])
+    paths = [os.path.join(path, 'best.pt') if os.path.isdir(path) else path for path in paths]
     code = os.path.abspath(given['method']) if str(given.get('method')).endswith('.py') else None
     saved = [load(path, trusted=code) for path in paths]
     brought = saved[0]['config'] if saved else None

@@ -13,6 +13,7 @@ folder. The result is a plain dict.
 import ast
 import difflib
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -99,14 +100,14 @@ CHOICES = dict(
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
-             test_ways=list, image_size=int, resize=int, workers=int)  # besides None; other options that are None are texts
+             test_ways=list, image_size=int, resize=int, workers=int, unknown=(int, float))  # besides None; others are texts
 POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'queries', 'meta_batch',
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
-            'jobs', 'lam', 'width', 'views', 'crops')
+            'jobs', 'lam', 'width', 'views', 'crops', 'smooth')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'per_class', 'prefix', 'postfix', 'layers', 'finetune', 'lr', 'weight_decay')
-PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support', 'query',
-         'save_support', 'csv', 'episodes_file', 'sheet', 'draw')
+                'seed', 'window', 'least', 'per_class', 'prefix', 'postfix', 'layers', 'finetune', 'lr', 'weight_decay')
+PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support',
+         'save_support', 'csv', 'report', 'episodes_file', 'sheet', 'draw', 'out')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -152,6 +153,8 @@ def load_config(argv, own=None, saved=None, script=None):
     """
     sys.excepthook = in_a_sentence
     script = script or sys.modules['__main__']
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='surrogateescape')  # file names that are no UTF-8 are printed as they are
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
     sample, given = parse(argv)
@@ -210,19 +213,27 @@ def saved_config(saved, path, trusted=None):
 
 
 def parse(argv):
-    """Arguments -> the sample config's path or None, and {key: value}."""
-    files = [arg for arg in argv if not arg.startswith('--')]
-    if len(files) > 1:
-        sys.exit(f'Expected one sample config, got {len(files)}: {" ".join(files)}. Options are written --key=value.')
-    given = {}
+    """Arguments -> the sample config's path or None, and {key: value}; --key=value, --key value, or --key, which is True."""
+    words = []
     for arg in argv:
-        if arg in files or arg == '--help':
+        sample = arg.endswith('.py') and words[-1:] != ['--method']
+        if words and re.fullmatch(r'--\w+', words[-1]) and not arg.startswith('--') and not sample:
+            words[-1] += '=' + arg
+        else:
+            words.append(arg)
+    files = [word for word in words if not word.startswith('--')]
+    if len(files) > 1 or not all(file.endswith('.py') for file in files):
+        sys.exit(f'{" ".join(files)}: expected one sample config, a .py file. Options are written --key=value, patterns in '
+                 'quotes.')
+    given = {}
+    for word in words:
+        if word in files or word == '--help':
             continue
-        key, equals, text = arg[2:].partition('=')
-        if not equals:
-            sys.exit(f'{arg}: options are written --key=value, for example --{key or "lr"}=1; --help prints them all.')
+        key, equals, text = word[2:].partition('=')
+        if equals and not text:
+            sys.exit(f'--{key}= is empty: give it a value, or leave it out.')
         try:
-            given[key] = ast.literal_eval(text)
+            given[key] = ast.literal_eval(text) if equals else True
         except (ValueError, SyntaxError):
             given[key] = text
     return files[0] if files else None, given

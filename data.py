@@ -96,8 +96,14 @@ def list_videos(config):
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
-        rows, names = [], {}
-        for folder, video in list_folders(root):
+        rows, names, found = [], {}, list_folders(root)
+        loose = [video.path for _, video in found if os.path.dirname(video.path) == root]
+        if loose:
+            print(f'Warning: {root} holds {len(loose)} videos outside of class folders, such as {loose[0]}; left out.',
+                  file=sys.stderr, flush=True)
+        for folder, video in found:
+            if video.path in loose:
+                continue
             name = video.path[len(root) + 1:]
             above = re.split(r'[\\/]', name)[0]
             rows.append((folder, name, video, above if above in SPLITS else None))
@@ -220,7 +226,8 @@ def split_classes(config, by_class):
     """-> dict(train=[class, ...], val=..., test=...), from lists, from fractions, or from folders of these names."""
     splits = config['splits']
     if splits is None:
-        splits = {split: [rows[0][0] for rows in by_class.values() if rows[0][1].startswith(split + '/')] for split in SPLITS}
+        splits = {split: [rows[0][0] for rows in by_class.values() if split in {row[3] or row[1].split('/')[0] for row in rows}]
+                  for split in SPLITS}
         if not splits['train']:
             sys.exit('splits is not set: name the classes, splits=dict(train=[...], val=[...], test=[...]), or give fractions, '
                      'splits=dict(train=0.6, val=0.2, test=0.2).')
@@ -281,16 +288,17 @@ def read_annotations(config):
             sys.exit(f'annotations may hold lists of train, val and test, not of {of!r}.')
         if not glob.glob(path) and not os.path.exists(path):
             sys.exit(f'There is no {path}.\n{config["fetch"]}')
-    listed, names = [], {}
+    listed, names, find = [], {}, finder(config['data_root'].rstrip('/'))
     for of, path in paths:
         files = sorted(glob.glob(os.path.join(glob.escape(path), '*') if os.path.isdir(path) else path)) or [path]
         for file in files:
-            kind, rows, some = read_list(file)
+            kind, rows, some = read_list(file, find)
             if len(files) < 9:
-                print(f'{file}: {kind}, {len(rows)} videos' if rows else f'{file}: {kind}', flush=True)
+                print(f'{file}: {kind}' + (f', {len(rows)} videos:' if rows else ''), flush=True)
+                for label, name, *_, split in rows[:3]:  # so that a wrong guess is seen
+                    print(f'  {name} is of {label!r}' + (f', {split}' if split else ''), flush=True)
             listed += [(*row[:4], of or row[4]) for row in rows]
             names.update(some)
-    find = finder(config['data_root'].rstrip('/'))
     splits = {split: flat(part) for split, part in (config['splits'] or {}).items() if isinstance(part, list)}
     wanted = {plain(name) for part in splits.values() for name in part}
     rows, unknown = [], []
@@ -357,6 +365,8 @@ def episode(split, way, shot, queries, seed, number):
     The supports first, class by class, then the queries, class by class; no video twice. Where the split has groups, the
     classes of an even number are of one group, those of an odd one of as many groups. A function of its arguments alone.
     """
+    if not split.classes:
+        sys.exit(f'Split {split.name} has no classes: name some for it in splits.')
     if split.most_ways < way:
         groups = f' in {len(split.groups)} groups, the smallest of {min(map(len, split.groups))}' if split.groups else ''
         sys.exit(f'Split {split.name} has {len(split.classes)} classes{groups}, too few for {way}-way episodes.')

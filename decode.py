@@ -22,7 +22,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
-VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv')
+VIDEOS = ('.mp4', '.avi', '.webm', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv', '.3gp', '.ts', '.ogv', '.gif')
 IMAGES = ('.jpg', '.jpeg', '.png')
 KEPT_BYTES = 64_000_000  # of a file's packets; those of a larger file are read again whenever it is decoded
 DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more is refused before there is memory for it
@@ -99,6 +99,8 @@ def read_frames(path, pick, short_side, notes=None):
                 pictures, indices = decode(Source(path, notes), pick, short_side, notes, log)
             if not pictures:
                 raise ValueError('no frame could be decoded')
+            if len({picture.shape for picture in pictures.values()}) > 1:
+                raise ValueError('its images are of different sizes')
             frames = np.stack([pictures[i] for i in indices])
         except Exception as error:  # a damaged file can make a demuxer or decoder raise anything
             problem = getattr(error, 'strerror', None) or error or type(error).__name__

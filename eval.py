@@ -23,11 +23,12 @@ import testing
 from config import LOOK, resolve
 from encoding import subset
 from reader import ClipReader
-from tools import pictures
+from tools import open_set, pictures
 
 OPTIONS = dict(
     ckpt=None,                 # a checkpoint, several as a list, or a pattern in quotes; None: the rows without training alone
     episodes_file=None,        # the test's episodes: read from this file if it is there, else written into it
+    open_set=False,            # instead: are queries of other classes told from those of an episode's, and by which threshold
     probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
 )
 
@@ -164,19 +165,27 @@ def encode_all(config, found, split):
 
 def main():
     config, found = checkpoint.configure(sys.argv[1:], OPTIONS)
+    if config['closed_set'] and config['open_set']:
+        sys.exit('open_set: with closed_set=True there are no episodes whose classes could leave some out.')
     if config['closed_set'] and config['episodes_file']:
         sys.exit('episodes_file: with closed_set=True there are no episodes; the hash tells the videos.')
     resolve(config)
     ranks.begin(config)
     found = [(path, saved, own | {key: config[key] for key in ('device', 'dtype')}) for path, saved, own in found]
     with ranks.rank_0_first():  # it makes or fetches what is missing
-        split = data.load_splits(config)[config['test_split']]
+        splits = data.load_splits(config)
+    split = splits[config['test_split']]
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
-    if not given:
+    if given:
+        load_episodes(listed, split)  # stops here if it is none
+    else:
         data.try_episodes(config, 'test', split)
     checkpoint.make_folder(config['out_dir'])
     warn_of_trained(found, split)
+    if config['open_set']:
+        open_set.test(config, *((each, *encode_all(config, found, each)) for each in (splits['val'], split)))
+        return ranks.end()
     tested, rows_of_videos = encode_all(config, found, split)
     readable = None if config['closed_set'] else subset(split, rows_of_videos)
     lists = load_episodes(listed, readable) if given else None

@@ -13,6 +13,7 @@ with closed_set=True needs no examples: it answers with its own classes, or wher
 """
 
 import csv
+import functools
 import glob
 import itertools
 import json
@@ -30,8 +31,9 @@ from config import amp, name_of, resolve
 from decode import VIDEOS, Video, number_in
 from model import Episode, look
 from reader import ClipReader
-from tools import timeline
+from tools import report, timeline
 
+NONE = 'none of these'
 BATCH = 16  # clips encoded at a time
 OPTIONS = dict(
     support=None,              # a folder per class with clips or folders of frames, or the file of an earlier save_support
@@ -39,12 +41,16 @@ OPTIONS = dict(
     query=None,                # what to label: a clip, a folder of clips, a pattern such as clips/*.mp4, or a list of these
     ckpt=None,                 # a checkpoint
     method='mean_pool',        # without a checkpoint: a method that needs no training
+    unknown=None,              # a raw score, as eval.py --open_set=True finds one; below it the answer is 'none of these'
     top=1,                     # classes printed for each query, best first
     json=False,                # print one JSON object a line instead
     save_support=None,         # a file to keep the encoded examples in
     window=0.0,                # seconds of a window that slides over each query; 0: one label for the whole clip
     stride=1.0,                # seconds from one window to the next
+    smooth=1,                  # windows whose scores are averaged around each one of a timeline
+    least=0.0,                 # seconds; shorter stretches of a timeline go to their neighbours
     csv=None,                  # a file for the scores of every window
+    report=None,               # an HTML page of frames, scores and the nearest examples, or of timelines
 )
 
 
@@ -89,7 +95,8 @@ def encode_examples(config, clip, method, split, reader):
     for label, name in enumerate(split.classes):
         if label not in labels:
             sys.exit(f'Class {name!r} has no clip that could be read: each class needs one.')
-    return dict(classes=split.classes, labels=labels, kept=[torch.cat(parts) for parts in zip(*kept)])
+    paths = [split.videos[i].path for i in read]
+    return dict(classes=split.classes, labels=labels, paths=paths, kept=[torch.cat(parts) for parts in zip(*kept)])
 
 
 def load_examples(path, made):
@@ -137,7 +144,8 @@ def number_of(examples):
 
 @torch.no_grad()
 def label(config, clip, method, examples, frames):
-    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode."""
+    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode. With
+    config['unknown'] the last of N + 1 is that of 'none of these'."""
     kept = encode(config, clip, method, frames)
     if len(examples['labels']):
         kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], kept)]
@@ -149,7 +157,10 @@ def label(config, clip, method, examples, frames):
             scores = method.scores(kept, Episode(labels, classes, examples['classes'], joint=False, index=index))
     except ValueError as error:  # of a name that it cannot read
         sys.exit(str(error))
-    return scores[0].float().softmax(-1)
+    scores = scores[0].float()
+    if config['unknown'] is not None:  # one more class, of this score everywhere
+        scores = torch.cat([scores, torch.full_like(scores[:, :1], config['unknown'])], -1)
+    return scores.softmax(-1)
 
 
 # ---- Queries
@@ -159,14 +170,13 @@ def find_queries(query):
     stays in the list, to be named when it is read."""
     paths = []
     for item in query if isinstance(query, list) else [query]:
-        item = os.path.normpath(item)
+        item = os.path.expanduser(item)
         if os.path.isdir(item):
             found = sorted((video.path for _, video in data.list_folders(item)), key=number_in)
         else:
             found = [] if os.path.exists(item) else sorted(glob.glob(item), key=number_in)
         paths += found or [item]
-    shorter = (min(path, os.path.relpath(path), key=len) for path in paths)
-    return list(dict.fromkeys(shorter))
+    return list(dict.fromkeys(paths))
 
 
 def whole_clips(paths, reader):
@@ -178,12 +188,12 @@ def whole_clips(paths, reader):
 
 
 def labelled(clips, label):
-    """An iterator of (path, start, end, clip or a word) -> the same with a list of N scores for each clip, BATCH at a time."""
+    """An iterator of (path, start, end, clip or a word) -> (path, start, end, N scores or the word, clip), BATCH at a time."""
     while batch := list(itertools.islice(clips, BATCH)):
         good = [clip for *_, clip in batch if not isinstance(clip, str)]
         scores = iter(label(torch.stack(good)).tolist() if good else [])
         for *where, clip in batch:
-            yield *where, clip if isinstance(clip, str) else next(scores)
+            yield *where, clip if isinstance(clip, str) else next(scores), clip
 
 
 # ---- Answers
@@ -193,7 +203,7 @@ def answer(config, classes, rows, method):
     failed = {}
 
     def good(path, rows):  # -> (start, end, scores)
-        for _, start, end, scores in rows:
+        for _, start, end, scores, _ in rows:
             if isinstance(scores, str):
                 failed[path] = scores
                 continue
@@ -202,7 +212,7 @@ def answer(config, classes, rows, method):
             yield start, end, scores
 
     try:
-        file = open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8')
+        file = open(config['csv'] or os.devnull, 'w', newline='', encoding='utf-8', errors='surrogateescape')
     except OSError as error:
         sys.exit(f'Cannot write {config["csv"]}: {error.strerror}.')
     with file:
@@ -213,8 +223,7 @@ def answer(config, classes, rows, method):
             if config['window']:
                 say(path)
                 found['timeline'] = []
-                for start, end, name, value in timeline.merge((start, end, classes[np.argmax(scores)], max(scores))
-                                                     for start, end, scores in good(path, rows_of_path)):
+                for start, end, name, value in timeline.stretches(good(path, rows_of_path), classes, config):
                     found['timeline'].append(dict(start=start, end=end, name=name, score=value))
                     say(f'{start:9.1f} {end:9.1f} s   {value:.3f}  {name}')
             for _, _, scores in () if config['window'] else good(path, rows_of_path):
@@ -262,7 +271,7 @@ def main():
             save_examples(config['save_support'], dict(examples, made=made))
         if not config['query']:
             return
-        name, classes = name_of(config['method']), examples['classes']
+        name, classes = name_of(config['method']), examples['classes'] + [NONE] * (config['unknown'] is not None)
         if not config['json']:
             print(f'{name}, {len(classes)} classes, {number_of(examples)} examples each; scores add up to 1 over the classes',
                   flush=True)
@@ -270,6 +279,9 @@ def main():
         size = clip.visual.image_size
         clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
         scored = labelled(clips, lambda frames: label(config, clip, method, examples, frames))
+        if config['report']:
+            by_method = functools.partial(label, config | dict(unknown=None), clip, method)
+            scored = report.page(config, examples, classes, size, scored, by_method)
         failed = answer(config, classes, scored, name)
     finally:
         reader.close()

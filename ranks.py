@@ -28,7 +28,7 @@ def begin(config):
     backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may have clips to make; torchrun sees who died
     if dist.get_rank():
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w', errors='surrogateescape')
 
 
 def end():

@@ -45,7 +45,8 @@ def names_of(videos):
 
 def hash_of(videos, episodes):
     """Two people with the same hash tested on the same videos in the same episodes."""
-    return hashlib.sha256('\n'.join(names_of(videos)).encode() + episodes.astype('<i8').tobytes()).hexdigest()[:16]
+    names = '\n'.join(names_of(videos)).encode(errors='surrogateescape')  # not all are UTF-8
+    return hashlib.sha256(names + episodes.astype('<i8').tobytes()).hexdigest()[:16]
 
 
 # ---- Methods

@@ -66,4 +66,5 @@ KINDS = {  # name of the file -> arguments of write_clip
     'mpeg2.mpg': dict(codec='mpeg2video', options=dict(bf='2', g='12')),
     'mjpeg.avi': dict(codec='mjpeg', pix_fmt='yuvj420p'),
     'flash.flv': dict(codec='flv'),
+    'animation.gif': dict(codec='gif', pix_fmt='rgb8'),
 }

@@ -15,7 +15,7 @@ import pytest
 import checkpoint
 import config as config_py
 import predict
-from config import DATA, DEFAULTS, LOOK, MACHINE, ROOT, TESTING, TRAINING, find_method, load_config, methods, name_of
+from config import DATA, DEFAULTS, LOOK, MACHINE, ROOT, TESTING, TRAINING, find_method, load_config, methods, name_of, parse
 from model import VBA
 
 SAMPLES = sorted((Path(__file__).parent.parent / 'sample_configs').glob('*.py'))
@@ -258,7 +258,8 @@ def test_help_of_a_real_process(tmp_path):
 # ---- What is wrong
 
 @pytest.mark.parametrize('option, words', [
-    ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('--key=value',)), ('--lr=fast', ('lr', 'float')),
+    ('--shots=1', ("'shots'", "'shot'")), ('--lr', ('lr', 'float')), ('--lr=fast', ('lr', 'float')),
+    ('--query=', ('--query= is empty',)),
     ('--way=2.5', ('way', 'int')), ('--cross_video=True', ('cross_video', "'inductive'")),
     ('--way=0', ('way', 'positive')), ('--lr=-1', ('lr', 'negative')), ('--weight_decay=-1', ('weight_decay', 'negative')),
     ('--flip=1', ('flip', 'bool')),
@@ -277,7 +278,16 @@ def test_files_that_are_none(tmp_path):
     fails(['nowhere.py'], 'nowhere.py')
     fails([sample(tmp_path, 'x = 1')], 'config = dict(...)')
     fails([sample(tmp_path, 'config = dict(')], 'sample.py')
-    fails(['a.py', 'b.py'], 'one sample config, got 2')
+    fails(['a.py', 'b.py'], 'a.py b.py: expected one sample config')
+    fails(['--query', 'a.mp4', 'b.mp4'], 'b.mp4: expected one sample config', 'in quotes')  # a pattern that the shell expanded
+
+
+@pytest.mark.parametrize('argv, given', [
+    ('--query|my clip.mp4|--json', (None, dict(query='my clip.mp4', json=True))),
+    ('--resume|a.py|--lr|-1', ('a.py', dict(resume=True, lr=-1))), ('a.py|--resume', ('a.py', dict(resume=True))),
+    ('--method|my_idea.py|--dataset=x=y', (None, dict(method='my_idea.py', dataset='x=y')))])
+def test_a_space_or_nothing_for_the_equals_sign(argv, given):
+    assert parse(argv.split('|')) == given
 
 
 def test_an_option_of_another_script_is_refused():

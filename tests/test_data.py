@@ -106,6 +106,13 @@ def test_folder_of_images(tmp_path):
     assert np.abs(got.astype(int) - np.stack([picture(0), picture(2)])).mean() < 12
 
 
+def test_images_of_different_sizes_are_named(tmp_path):
+    path = write_folder(tmp_path / 'clip', 3)
+    os.replace(write_folder(tmp_path / 'other', 1, size=(80, 48)) + '/img_1.jpg', f'{path}/img_2.jpg')
+    with pytest.raises(decode.UnreadableVideo, match='different sizes'):
+        decode.read_frames(path, lambda n: range(n), 1000)
+
+
 def test_unreadable_videos_are_named(tmp_path):
     (tmp_path / 'empty.mp4').touch()
     (tmp_path / 'text.mp4').write_text('no video')
@@ -212,6 +219,14 @@ def test_folder_per_class(folder):
     assert [os.path.relpath(v.path, folder) for v in train.videos[:6]] == [f'Turn_Left/{n}' for n in
                                                                           ('0.mp4', '1.mp4', '2.mp4', '3.mp4', '4', '5.avi')]
     assert splits['val'].classes == [] and len(splits['test'].videos) == 6
+
+
+def test_loose_videos_are_named_and_no_class(folder, capsys):
+    write_clip(folder / 'loose.gif', codec='gif', pix_fmt='rgb8')
+    with pytest.raises(SystemExit, match="has 3 classes"):
+        data.list_videos(make_config(folder, splits=dict(train=0.5, val=0.5)))
+    err = capsys.readouterr().err
+    assert '1 videos outside of class folders' in err and 'loose.gif' in err
 
 
 def test_groups_of_classes(folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -198,6 +199,36 @@ def test_path_and_label(disk, between, head):
         'jump': [('a b/my clip 1.mp4', None, None)], 'roll over': [('c/2.webm', None, None)]}
 
 
+@pytest.mark.parametrize('text', [
+    'path,class,split\na/1.mp4,hug,train\na/gone.mp4,hug,training\nb/2.mp4,run fast,val\n',
+    'class,path\nhug,a/1.mp4\nhug,a/gone.mp4\nrun fast,b/2.mp4\n', 'hug,1.mp4\nhug,gone.mp4\nrun fast,2.mp4\n',
+    'category\tfile name\tsubset\nhug\ta/1.mp4\ttrain\nhug\ta/gone.mp4\ttrain\nrun fast\tb/2.mp4\tvalidation\n',
+    'hug\t1\nhug\tgone\nrun fast\t2\n', 'a/gone.mp4,hug\na/1.mp4,hug\nb/2.mp4,run fast\n',
+    'name,category\na/1.mp4,hug\na/gone.mp4,hug\nb/2.mp4,run fast\n'])
+def test_columns_are_told_by_what_is_on_the_disk(disk, text, capsys):
+    read = disk(['a/1.mp4', 'b/2.mp4'], {'list.csv': text})
+    assert read(train=['hug'], val=['run fast']) == {
+        'hug': [('a/1.mp4', None, None), None], 'run fast': [('b/2.mp4', None, None)]}
+    out = capsys.readouterr().out
+    assert '3 videos:' in out and "is of 'run fast'" in out
+
+
+def test_a_list_tells_the_splits_of_classes_and_of_videos(disk, tmp_path):
+    disk(['1.mp4', '2.mp4', '3.mp4'], {'list.csv': '1.mp4,hug,train\n2.mp4,run,train\n3.mp4,jump,val\n'})
+    config = dict(DEFAULTS, data_root=str(tmp_path / 'root'), annotations=str(tmp_path / 'list.csv'))
+    assert [classes for classes, _ in data.list_videos(config).values()] == [['hug', 'run'], ['jump'], []]
+    (tmp_path / 'list.csv').write_text('1.mp4,hug,train\n2.mp4,run,train\n3.mp4,hug,val\n')
+    with pytest.raises(SystemExit, match="class 'hug' stands in train and in val"):
+        data.list_videos(config)
+    listed = data.list_videos(dict(config, closed_set=True, holdout=dict(val=0.0, test=0.0)))
+    assert [[name for _, name, _ in rows] for _, rows in listed.values()] == [['1.mp4', '2.mp4'], ['3.mp4'], [], []]
+
+
+def test_a_class_name_with_a_comma_is_no_column(disk):
+    read = disk(['x/46768.webm'], {'list.txt': 'Lifting something up, then letting it drop down/46768\n'})
+    assert read(train=['Lifting something up then letting it drop down'])
+
+
 def test_bad_lists_are_named(disk, tmp_path):
     for name, text, message in (('a.txt', 'just words\nand more/x y z/\n', 'a.txt is in none of the known formats'),
                                 ('b.json', '[{"id": "1"}]', 'b.json.*no label'), ('c.json', '[{', 'c.json'),
@@ -224,17 +255,17 @@ def mixed(tmp_path):
     """Two classes with four good videos, a short, a cut, a broken and a listed but missing one; two small classes."""
     root = tmp_path / 'videos'
     lines = []
-    for name in ('left', 'right'):
+    for name, size in dict(left=(64, 48), right=(72, 48)).items():
         (root / name).mkdir(parents=True)
         for i in range(4):
-            write_clip(root / name / f'{i}.mp4', frames=12 + i, options=dict(preset='ultrafast'))
-        write_clip(root / name / 'short.mp4', frames=5, options=dict(preset='ultrafast'))
-        path = write_clip(root / name / 'cut.avi', frames=40, codec='mpeg4')
+            write_clip(root / name / f'{i}.mp4', frames=12 + i, size=size, options=dict(preset='ultrafast'))
+        write_clip(root / name / 'short.mp4', frames=5, size=size, options=dict(preset='ultrafast'))
+        path = write_clip(root / name / 'cut.avi', frames=40, size=size, codec='mpeg4')
         os.truncate(path, os.path.getsize(path) * 3 // 4)
-        (root / name / 'broken.mp4').write_bytes(b'nothing')
+        (root / name / 'broken.mp4').write_bytes(b'nothing ' + name.encode())
         lines += [f'{name}/{file}.mp4' for file in (0, 1, 2, 3, 'short', 'cut', 'broken', 'gone')]
-    for name in ('up', 'down', 'in', 'out'):
-        lines += [write_folder(root / name / str(i), 9)[len(str(root)) + 1:] for i in range(2)]
+    for name, size in dict(up=(64, 48), down=(72, 48), **{'in': (80, 48)}, out=(88, 48)).items():
+        lines += [write_folder(root / name / str(i), 9, size)[len(str(root)) + 1:] for i in range(2)]
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
     return dict(DEFAULTS, data_root=str(root), annotations=str(tmp_path / 'list.txt'),
                 splits=dict(train=['left', 'right'], val=['up', 'down'], test=['in', 'out']), out_dir=str(tmp_path / 'out'),
@@ -269,6 +300,24 @@ def test_check(mixed, capsys, monkeypatch):
     check.check(mixed)
     assert [os.path.basename(video.path) for video in opened] == ['broken.mp4']
     assert len(data.load_splits(mixed)['train'].videos) == 13
+
+
+def test_the_same_video_in_two_splits_is_named(mixed, capsys):
+    """Copies under other names; not those of one class, nor others of the same size."""
+    root = pathlib.Path(mixed['data_root'])
+    for name in ('left', 'up'):  # a file twice in a class, and in another split
+        (root / name / 'copy.mp4').write_bytes((root / 'left' / '0.mp4').read_bytes())
+    (root / 'right' / 'other.mp4').write_bytes((root / 'left' / '1.mp4').read_bytes()[:-1] + b'x')
+    (root / 'right' / 'another.mp4').write_bytes(b'x' + (root / 'left' / '1.mp4').read_bytes()[1:])
+    shutil.copytree(root / 'up' / '0', root / 'down' / 'copy')
+    config = dict(mixed, annotations=None)
+    check.check(config)
+    out, lines = capsys.readouterr().out, open(os.path.join(mixed['out_dir'], 'check.txt')).read()
+    found = check.find_twice(data.list_videos(config))
+    assert [[os.path.relpath(path, root) for *_, path in places] for places in found] == [
+        ['left/0.mp4', 'left/copy.mp4', 'up/copy.mp4'], ['up/0', 'up/1', 'down/copy']]
+    assert '2 videos are there twice, in two classes or splits, such as' in out
+    assert f'{root}/up/copy.mp4 (val, up)' in lines and 'left/1.mp4' not in lines
 
 
 def test_a_link_to_nowhere_is_unreadable(mixed):

@@ -1,14 +1,20 @@
 """Your own clips: two or three classes of plainly coloured videos, made on the spot, and a tiny CLIP of random weights."""
 
+import base64
 import csv
+import io
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
 import sys
 import weakref
 from collections import deque
 from fractions import Fraction
+from html.parser import HTMLParser
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -21,14 +27,15 @@ import clip_loader
 import predict
 import testing
 from config import DEFAULTS, ROOT, find_method
+from data import Split
 from decode import UnreadableVideo, Video
 from model import VBA, Episode, bring, look, trainable_state
 from reader import ClipMaker
-from tools import timeline
+from tools import pictures, timeline
 
 COLOURS = dict(blue=(20, 30, 220), green=(30, 200, 40), red=(220, 30, 20))
 OPTIONS = dict(frames=4, resize=32, workers=0, device='cpu', dtype='float32')
-CONFIG = DEFAULTS | OPTIONS
+CONFIG = DEFAULTS | dict(unknown=None) | OPTIONS
 
 
 def write_video(path, pictures, rate=10, times=None):
@@ -179,6 +186,33 @@ def test_labels_need_no_order(monkeypatch):
         assert torch.allclose(labelled_as(monkeypatch, method, support[order], query, labels[order]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('which', [0, 1])
+def test_none_of_these_is_below_the_raw_score(monkeypatch, which):
+    """By hand: one more class of a fixed logit; the others keep their shares."""
+    torch.manual_seed(3)
+    support, query, labels = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    method, labels_of = both(7.0)[which], lambda config: predict.label(
+        config, None, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), None)
+    monkeypatch.setattr(predict, 'encode', lambda *_: [query])
+    episode = Episode(labels, torch.arange(3)[None], ['a', 'b', 'c'], joint=False, index=torch.arange(8)[None])
+    raw = method.scores([torch.cat([support, query])], episode)[0]
+    best = raw.amax(1).tolist()
+    found, plain = labels_of(CONFIG | dict(unknown=sum(best) / 2)), labels_of(CONFIG | dict(unknown=None))
+    assert found.shape == (2, 4) and [row.argmax() == 3 for row in found] == [value < sum(best) / 2 for value in best]
+    assert torch.allclose(found.sum(1), torch.ones(2)) and plain.shape == (2, 3)
+    assert torch.allclose(found[:, :3] / found[:, :3].sum(1, keepdim=True), plain, atol=1e-5)
+
+
+def test_none_of_these_is_an_answer(world, call, tmp_path):
+    query = world / 'queries' / 'red.mp4'
+    (row,) = call(query=query, unknown=1000, json=True, csv=tmp_path / 'out.csv', report=tmp_path / 'r.html').rows
+    assert row['classes'] == [dict(name='none of these', score=1.0)] and 'none of these' in (tmp_path / 'out.csv').read_text()
+    assert '/red/' in ''.join(Page(tmp_path / 'r.html').words)  # the nearest example all the same
+    (row,) = call(query=query, unknown=0.5, json=True).rows
+    assert row['classes'][0]['name'] == 'red'
+    assert call(query=query, unknown=1000, window=0.5, json=True).rows[0]['timeline'][0]['name'] == 'none of these'
+
+
 def test_equal_shots_are_those_of_the_test(monkeypatch):
     torch.manual_seed(2)
     features, labels, names = torch.randn(26, 16), torch.arange(3).repeat_interleave(2), ['a', 'b', 'c']
@@ -304,6 +338,46 @@ def test_a_failing_query_is_named_and_the_rest_go_on(world, call, tmp_path):
     assert 'empty.mp4' in result.rows[0]['error'] and 'none.mp4: No such file' in result.rows[2]['error']
     assert result.rows[1]['classes'][0]['name'] == 'red' and 'empty.mp4' in result.err
     assert call(query=paths[0]).status == '1 of 1 queries could not be read.'
+
+
+def test_queries_are_named_as_the_user_named_them(world, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    names = ['./queries/red.mp4', str(world / 'queries' / 'blue.mp4'), '../' + world.name + '/queries/green.mp4']
+    result = call(query=names, csv=tmp_path / 'out.csv', json=True)
+    with open(tmp_path / 'out.csv', newline='') as file:
+        assert [row['query'] for row in csv.DictReader(file)] == names == [row['query'] for row in result.rows]
+    assert [row['query'] for row in call(query='queries/', json=True).rows] == [f'queries/{name}.mp4' for name in COLOURS]
+
+
+def test_names_that_are_not_utf_8(world, tmp_path):
+    """As a process of its own: what is printed and written are the very bytes of the names."""
+    folder = os.fsencode(tmp_path) + b'/caf\xe9'
+    try:
+        shutil.copytree(world / 'examples', os.fsdecode(folder))
+    except OSError:
+        pytest.skip('this file system takes UTF-8 alone')
+    os.rename(folder + b'/red', folder + b'/r\xf6t')
+    run = subprocess.run([sys.executable, f'{ROOT}/predict.py', b'--support=' + folder, b'--query=' + folder + b'/r\xf6t/0.mp4',
+                          f'--clip={world / "clip.pt"}', '--resize=32', '--frames=4', '--workers=0', '--device=cpu',
+                          f'--csv={tmp_path / "out.csv"}'], capture_output=True)
+    assert run.returncode == 0 and folder + b'/r\xf6t/0.mp4: r\xf6t ' in run.stdout, run.stderr
+    assert (tmp_path / 'out.csv').read_bytes().splitlines()[1].startswith(folder + b'/r\xf6t/0.mp4,,,r\xf6t,')
+
+
+def test_a_test_of_names_that_are_not_utf_8(tmp_path):
+    names = ['caf\udce9', 'red']
+    split = Split('test', names, [Video('cl\udcefp.mp4'), Video('b.mp4')], np.arange(2))
+    assert testing.hash_of(split, np.zeros((1, 2), int)) != testing.hash_of(split, np.ones((1, 2), int))
+    row = dict(confusion=[[1, 0], [0, 1]], classes=names, method='m', shot=1, accuracy=50.0)
+    pictures.confusion(row, str(tmp_path / 'c.png'))
+    assert (tmp_path / 'c.png').stat().st_size > 1000
+
+
+def test_a_folder_for_a_checkpoint_is_its_best(world, call, tmp_path):
+    shutil.copy(world / 'joint.pt', tmp_path / 'best.pt')
+    (row,) = call(ckpt=tmp_path, query=world / 'queries' / 'red.mp4', json=True).rows
+    assert row['method'] == 'vba'
+    assert 'There is no checkpoint' in call(ckpt=world, query=world / 'queries').status
 
 
 @pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'joint', 'False'])
@@ -569,7 +643,73 @@ def test_clips_outside_of_class_folders_are_named(call, world, tmp_path):
 def test_merge():
     rows = [(0, 2, 'a', 0.5), (1, 3, 'a', 0.7), (2, 4, 'b', 0.9), (3, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
     assert list(timeline.merge(rows)) == [(0, 2.5, 'a', 0.6), (2.5, 3.5, 'b', 0.9), (3.5, 5, 'a', 0.8), (7, 9, 'b', 0.6)]
+    apart = [(0, 2, 'a', 0.5), (2, 4, 'a', 0.7), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]  # a stride above the window
+    assert list(timeline.merge(apart)) == [(0, 4, 'a', 0.6), (5, 7, 'a', 0.9), (8, 10, 'b', 0.8)]
     assert list(timeline.merge([])) == []
+
+
+class Page(HTMLParser):
+    """The elements of an HTML page, [(tag, attributes), ...], and its words."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.words = [], []
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, words):
+        self.words.append(words)
+
+    def of(self, name):
+        return [attrs for tag, attrs in self.elements if tag == name]
+
+
+@pytest.mark.parametrize('name', ['mean_pool', 'joint'])
+def test_report_of_clips(world, call, tmp_path, name):
+    """Each query beside the example that is nearest: a copy of one is nearest to this one."""
+    (tmp_path / 'none.mp4').touch()
+    shutil.copytree(world / 'examples', tmp_path / 'a <b> & c')
+    copies = [tmp_path / f'copy_{label}.mp4' for label in ('blue', 'red')]
+    for copied, label in zip(copies, ('blue', 'red')):
+        shutil.copy(world / 'examples' / label / '1.mp4', copied)
+    options = options_for(world, name) | dict(json=True, report=tmp_path / 'out' / 'report.html')
+    options['support'] = tmp_path / 'a <b> & c'
+    result = call(query=[str(path) for path in (*copies, tmp_path / 'none.mp4')], top=3, **options)
+    page = Page(tmp_path / 'out' / 'report.html')
+    assert [f'/{label}/1.mp4' in ''.join(page.words) for label in ('blue', 'green', 'red')] == [True, False, True]
+    widths = [float(bar['style'].split(':')[1].rstrip('%')) / 100 for bar in page.of('i')]
+    assert widths == pytest.approx([item['score'] for row in result.rows[:2] for item in row['classes']], abs=6e-4)
+    pictures = [base64.b64decode(image['src'].removeprefix('data:image/jpeg;base64,')) for image in page.of('img')]
+    assert len(pictures) == 4 and all(av.open(io.BytesIO(image)).streams.video[0].width == 4 * 32 for image in pictures)
+    assert 'none.mp4' in ''.join(page.words) and len(page.of('section')) == 3 and not page.of('b')
+    assert not [attrs for _, attrs in page.elements if 'http' in str(attrs.get('src'))]
+    call(query=copies[0], save_support=tmp_path / 'kept.pt', **options)
+    assert call(**(options | dict(support=tmp_path / 'kept.pt', query=copies[0]))).status is None
+    assert '/blue/1.mp4' in ''.join(Page(tmp_path / 'out' / 'report.html').words)
+
+
+def test_report_of_a_long_video(world, call, tmp_path):
+    path = write_video(tmp_path / 'a 100% long.mp4', [*shades('red', 60, 5), *shades('blue', 60, 6)])
+    (row,) = call(query=path, window=2.0, stride=2.0, json=True, report=tmp_path / 'out' / 'report.html').rows
+    page = Page(tmp_path / 'out' / 'report.html')
+    (video,) = page.of('video')
+    assert (tmp_path / 'out' / unquote(video['src'])).resolve() == path
+    stretches = [attrs for attrs in page.of('b') if 'data-start' in attrs]
+    assert [float(each['data-start']) for each in stretches] == [part['start'] for part in row['timeline']] == [0, 6]
+    assert 'left:50.000%;width:50.000%' in stretches[1]['style'] and 'blue' in stretches[1]['title']
+    assert 'Cannot write' in call(query=path, window=2.0, report=world / 'clip.pt' / 'report.html').status
+
+
+@pytest.mark.parametrize('smooth, least, expected', [
+    (1, 0.0, 'a0-4 b4-5 a5-9 c9-10 b10-14'), (1, 2.0, 'a0-10 b10-14'), (3, 0.0, 'a0-9 b9-14'), (1, 99.0, 'a0-14')])
+def test_smooth_timelines_and_short_stretches(smooth, least, expected):
+    rows = [(i, i + 1, [0.0 + (name == each) for each in 'abc']) for i, name in enumerate('aaaabaaaacbbbb')]
+    rows[9][2][1] = 0.9  # c is nearly b
+    found = timeline.stretches(iter(rows), 'abc', dict(smooth=smooth, least=least, stride=1.0))
+    assert ' '.join(f'{name}{start:g}-{end:g}' for start, end, name, _ in found) == expected
+    assert not list(timeline.stretches([], 'abc', dict(smooth=smooth, least=least, stride=1.0)))
 
 
 def test_needs(call, world):

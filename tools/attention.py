@@ -114,7 +114,7 @@ def draw(frames, weights, scores, path):
     axes = figure.add_subplot(grid[:, count + 2])
     best = sorted(scores.items(), key=lambda item: item[1])[-8:]
     axes.barh(range(len(best)), [score for _, score in best])
-    axes.set_yticks(range(len(best)), [name for name, _ in best])
+    axes.set_yticks(range(len(best)), pictures.readable(name for name, _ in best))
     axes.yaxis.tick_right()
     axes.set(xlim=(0, 1), xlabel='score')
     pictures.save(figure, path)

@@ -4,6 +4,7 @@
     python data.py sample_configs/diving48.py --sheet=clips.png
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -17,12 +18,41 @@ from tqdm import tqdm
 import checkpoint
 from config import load_config
 from data import SPLITS, Split, list_videos, load_splits, read_verdicts, sizes_of, try_episodes, verdict_file
-from decode import stamp
+from decode import IMAGES, stamp
 from reader import ClipReader
 
+FIRST_BYTES = 2 ** 18  # of a file, that tell it from others of its size
 OPTIONS = dict(
     sheet=None,                # write this PNG of training and test clips as the model sees them, instead of the check
 )
+
+
+def look_alike(video):
+    """What two copies of a video share, without reading them whole: size and a hash of the first bytes, or of a folder of
+    images their number and the one in the middle. None where it cannot be read."""
+    path, size = video.path, stamp(video)[1]
+    try:
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGES))
+            path, size = os.path.join(path, names[len(names) // 2]), len(names)
+        with open(path, 'rb') as file:
+            return size, hashlib.sha256(file.read(FIRST_BYTES)).digest(), video.start, video.end
+    except OSError:
+        return None
+
+
+def find_twice(listing):
+    """Videos that are the same in two classes or splits, for each such video [(split, class, path), ...]."""
+    by_size, copies = {}, {}
+    for split, (classes, listed) in listing.items():
+        for label, _, video in listed:
+            if video:
+                by_size.setdefault(stamp(video)[1], []).append((split, classes[label], video))
+    for some in by_size.values():
+        for split, name, video in some if len(some) > 1 else ():  # a size that no other has needs no look
+            copies.setdefault(look_alike(video), []).append((split, name, video.path))
+    copies.pop(None, None)
+    return [places for places in copies.values() if len({place[:2] for place in places}) > 1]
 
 
 def check(config):
@@ -66,9 +96,15 @@ def check(config):
         print(f'{split:8}{len(classes):8}{len(listed):8}{len(listed) - counts["missing"]:8}{counts["missing"]:8}'
               f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
         splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+    twice = find_twice(listing)
+    for (split, name, path), *others in twice:
+        bad += [f'{split}\t{name}\t{path}\tthe same video as {other} ({of}, {other_name})' for of, other_name, other in others]
     report = os.path.join(config['out_dir'], 'check.txt')
     with open(report, 'w', encoding='utf-8', errors='surrogateescape') as file:
         file.writelines(line + '\n' for line in bad)
+    if twice:
+        print(f'Warning: {len(twice)} videos are there twice, in two classes or splits, such as '
+              + ' and '.join(f'{path} ({split}, {name})' for split, name, path in twice[0][:2]))
     for line in bad[:5]:
         print('  ' + line.replace('\t', '  '))
     if bad:

@@ -18,6 +18,11 @@ def save(figure, path):
     plt.close(figure)
 
 
+def readable(names):
+    """Names as they can be drawn: of a file system that is not UTF-8 they may hold what is no character."""
+    return [name.encode(errors='surrogateescape').decode(errors='replace') for name in names]
+
+
 def curve(log, path):
     """A log.jsonl -> loss and accuracy on the training episodes over the steps."""
     with open(log) as file:
@@ -32,7 +37,7 @@ def curve(log, path):
 
 def confusion(row, path):
     """A row of results.json -> its confusion matrix, each true class's queries adding up to 100 %."""
-    counts, names = np.array(row['confusion'], float), row['classes']
+    counts, names = np.array(row['confusion'], float), readable(row['classes'])
     size = 2.5 + 0.3 * len(names)
     figure, axes = plt.subplots(figsize=(size + 1, size))
     image = axes.imshow(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=100, cmap='Blues')

@@ -1,7 +1,7 @@
 """Windows that slide over long videos, and the timeline of their labels: what `predict.py --window=2.0` adds.
 
 In reading order: measure, timed_frames, windows (from a file to clips in time); windows_apart, all_windows (the same from a
-process of its own, for many files); merge (neighbours of one class are one stretch).
+process of its own, for many files); stretches, merge (neighbours of one class are one stretch).
 """
 
 import itertools
@@ -153,14 +153,38 @@ def all_windows(paths, config, image_size):
             yield path, None, None, str(error)
 
 
+def stretches(rows, classes, config):
+    """Windows (start, end, scores (N,)) in order -> yields (start, end, class, score), neighbours of one class joined.
+
+    With config['smooth'] each window's scores are first the mean over that many windows around it; with config['least'] a
+    stretch of fewer seconds goes to its neighbours, half to each. Both wait for the last window.
+    """
+    if config['smooth'] == 1 and not config['least']:
+        yield from merge((start, end, classes[np.argmax(scores)], max(scores)) for start, end, scores in rows)
+        return
+    rows, reach = list(rows), config['smooth'] // 2
+    scores = [np.mean([near for *_, near in rows[max(0, i - reach):i + reach + 1]], 0) for i in range(len(rows))]
+    best = np.array([each.argmax() for each in scores])
+    while len(best):
+        runs = list(itertools.pairwise([0, *np.flatnonzero(np.diff(best)) + 1, len(best)]))
+        first, end = min(runs, key=lambda run: run[1] - run[0])
+        if len(runs) == 1 or (end - first) * config['stride'] >= config['least']:
+            break
+        before, after = best[first - 1 if first else end], best[end if end < len(best) else first - 1]
+        middle = (first + end + 1) // 2
+        best[first:middle], best[middle:end] = before, after
+    yield from merge((start, end, classes[i], each[i]) for (start, end, _), i, each in zip(rows, best, scores))
+
+
 def merge(rows):
     """Windows (start, end, class, score) in order -> yields the same with neighbours of one class joined, scores averaged.
 
-    Where windows of two classes overlap, the boundary is the middle of the overlap.
+    Where windows of two classes overlap, the boundary is the middle of the overlap; where there are seconds between windows,
+    which none has seen, the stretch ends.
     """
     run = None  # start, end, class, sum of scores, windows
     for start, end, name, value in rows:
-        if run and run[2] == name:
+        if run and run[2] == name and start < run[1] + 1e-6:
             run = [run[0], end, name, run[3] + value, run[4] + 1]
             continue
         if run:
