@@ -16,6 +16,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import sys
 
 from tools.console import in_a_sentence
@@ -338,6 +339,11 @@ def resolve(config):
         config['device'] = 'cuda' if torch.cuda.is_available() else 'cpu'
     if config['device'] == 'cuda' and not torch.cuda.is_available():
         sys.exit('--device=cuda: PyTorch sees no CUDA device here; use --device=cpu.')
+    if config['compile'] == 'auto':
+        compiler = os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang')))  # which Triton needs
+        config['compile'] = config['device'] == 'cuda' and bool(compiler)
+        if config['device'] == 'cuda' and not compiler:
+            print('There is no C compiler here, so nothing is compiled (--compile=False): training is slower.')
     if config['dtype'] == 'auto':
         config['dtype'] = 'float16' if config['device'] == 'cuda' else 'float32'
 

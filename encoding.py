@@ -158,5 +158,8 @@ def columns(path, count, specs):
 
 
 def on_gpu(config, size):
-    """Whether that many bytes may stay on the GPU: half of what is free there."""
-    return config['device'] != 'cpu' and size < 0.5 * torch.cuda.mem_get_info(config['device'])[0]
+    """Whether that many bytes may stay on the GPU: half of what is free there, or kept for later by PyTorch's allocator."""
+    if config['device'] == 'cpu':
+        return False
+    kept = torch.cuda.memory_reserved(config['device']) - torch.cuda.memory_allocated(config['device'])
+    return size < 0.5 * (torch.cuda.mem_get_info(config['device'])[0] + kept)

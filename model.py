@@ -40,7 +40,7 @@ NORMS = dict(  # mean and standard deviation of RGB in 0..1
     clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
-CPU_CHUNK = 24  # images that the frozen blocks take at a time on a CPU: small enough for its caches
+IMAGES = dict(cpu=24, cuda=512)  # that the frozen blocks take at a time: on a CPU small enough for its caches
 FOLDED_ROWS = 4096  # uses of videos that `folded_by_video` takes at a time: 150 MB at width 768
 
 
@@ -84,9 +84,12 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v, mask=None):
         """q (..., M, D), k and v (..., N, D), mask (M, N) true where q may look -> (..., M, D)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., heads, tokens, D/heads)
-                   for x, w, b in zip((q, k, v), weights, biases))
+        if q is k is v:  # one product, which reads the tokens once
+            q, k, v = F.linear(q, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k, v))  # (..., heads, tokens, D/heads)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(-3, -2).flatten(-2))
 
@@ -218,7 +221,7 @@ def look(visual, frames, sees):
     blocks, pixels = visual.transformer.resblocks, frames.flatten(0, 1)
     depth = len(blocks) if 'image' in sees else max(m for m in [*sees] if m != 'pixels')
     shown = []
-    for chunk in pixels.split(CPU_CHUNK if pixels.device.type == 'cpu' else len(pixels)):
+    for chunk in pixels.split(IMAGES[pixels.device.type]):
         images = visual.normalise(chunk)
         x = visual.embed(images).to(images)  # (chunk, 1+L, D)
         found = {'pixels': chunk, 0: x}

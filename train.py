@@ -22,6 +22,7 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import data
@@ -75,7 +76,7 @@ def batches_of(config, clip, sees, split, reader, jobs):
     shown: a function from a slice of the E episodes to what CLIP shows of their videos, a list of tensors (E*B, T, ...) on the
     device: so that only the part that is computed with takes memory.
     """
-    shows = torch.compile(look) if compiles(config) else look
+    shows = torch.compile(look) if config['compile'] else look
     for frames, indices in on_device(reader.stream(split, jobs, True), config['device']):  # frames (E, B, T, 3, H, W)
         def shown(part, frames=frames):
             with amp(config):
@@ -115,16 +116,13 @@ def on_device(batches, device):
 
 # ---- A step
 
-def compiles(config):
-    return config['compile'] is True or (config['compile'] == 'auto' and config['device'] != 'cpu')
-
-
 def wrapped(config, method):
     """The module that a step calls: compiled, and of several ranks with their gradients added up."""
     step, cuda = Step(method), config['device'] != 'cpu'
     if ranks.rank_of()[1] > 1:
-        step = torch.nn.parallel.DistributedDataParallel(step, [config['device']] if cuda else None, forward_sync_buffers=False)
-    return torch.compile(step) if compiles(config) else step
+        step = torch.nn.parallel.DistributedDataParallel(
+            step, [config['device']] if cuda else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return torch.compile(step) if config['compile'] else step
 
 
 def optimizer_of(config, method):
@@ -223,22 +221,40 @@ def resume(config, path, method, clip, optimizer, scaler, state):
     print(f'resumed at step {state["iter"]}')
 
 
-def settle(state, split, number, numbers, indices):
-    """Reads loss, accuracy and signals of step `number` off the device and adds them to the state -> whether a signal came.
-    Ends where the loss is not finite."""
-    loss, accuracy, stopped = (numbers / ranks.rank_of()[1]).tolist()
-    if not math.isfinite(loss):
+def sent(numbers):
+    """Numbers of a step, on their way to the CPU -> a function that waits for this step alone, not for later ones, and gives
+    them."""
+    if numbers.device.type == 'cpu':
+        return numbers.tolist
+    there, arrived = torch.empty_like(numbers, device='cpu', pin_memory=True), torch.cuda.Event()
+    there.copy_(numbers, non_blocking=True)
+    arrived.record()
+
+    def read():
+        arrived.synchronize()
+        return there.tolist()
+    return read
+
+
+def settle(state, split, skips, number, read, indices):
+    """Adds loss, accuracy and signals of step `number`, as `sent` gives them, to the state -> whether a signal came. Ends where
+    the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
+    loss, accuracy, stopped = read()
+    state['skipped'] = 0 if math.isfinite(loss) else state.get('skipped', 0) + 1
+    if 0 < state['skipped'] <= skips:
+        return stopped > 0
+    if state['skipped']:
         sys.exit(f'The loss is {loss} at step {number}; last.pt is the last good checkpoint. The videos: '
                  + ', '.join(split.videos[i].path for i in indices.flat))
     state.update(loss=state['loss'] + loss, correct=state['correct'] + accuracy, steps=state['steps'] + 1)
     return stopped > 0
 
 
-def report(state, log, lr, waited, seconds, videos):
+def report(state, log, rates, waited, seconds, videos):
     """A line for people and one for the log over the steps since the last one, which took `seconds`, `waited` of them for data;
-    videos: of one step. The sums begin anew."""
-    steps = state['steps']
-    entry = dict(iter=state['iter'], loss=state['loss'] / steps, accuracy=100 * state['correct'] / steps, lr=lr,
+    videos: of one step; rates: what to log of the optimizer. The sums begin anew."""
+    steps = max(1, state['steps'])
+    entry = dict(iter=state['iter'], loss=state['loss'] / steps, accuracy=100 * state['correct'] / steps, **rates,
                  ms_data=1000 * waited / steps, ms_compute=1000 * (seconds - waited) / steps,
                  videos_per_s=videos * steps / seconds)
     print('step {iter}  loss {loss:.4f}  train accuracy {accuracy:.1f} %  {ms_data:.0f} + {ms_compute:.0f} ms (data + compute)'
@@ -318,6 +334,7 @@ def run(config):
         step = wrapped(config, method)
         with signals() as stop:
             waited, began, unsettled, stopped = 0.0, time.perf_counter(), [], False
+            skips = 5 if scaler.is_enabled() else 0
             while state['iter'] < config['max_iters'] and not stopped:
                 now = time.perf_counter()
                 shown, indices = next(batches)
@@ -326,17 +343,18 @@ def run(config):
                 numbers = gradients(config, step, scaler, shown, episode_of(config, train, sizes, indices))
                 update(config, method, optimizer, scaler, state['iter'])
                 state['iter'] += 1
-                numbers = torch.cat([numbers, numbers.new_tensor([len(stop)])])
-                unsettled.append((state['iter'], ranks.add_up(numbers), indices))
+                numbers = ranks.add_up(F.pad(numbers, (0, 1), value=len(stop))) / world
+                unsettled.append((state['iter'], sent(numbers), indices))
 
                 logs = state['iter'] % config['log_interval'] == 0
                 validates = state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']
                 late = 1 if cuda and not logs and not validates else 0  # on CUDA a step late: so it need not wait
                 while len(unsettled) > late:
-                    stopped = settle(state, train, *unsettled.pop(0)) or stopped
+                    stopped = settle(state, train, skips, *unsettled.pop(0)) or stopped
                 if logs:
                     seconds = time.perf_counter() - began
-                    report(state, log, optimizer.param_groups[0]['lr'], waited, seconds, indices.size * world)
+                    rates = dict(lr=optimizer.param_groups[0]['lr'], scale=scaler.get_scale())
+                    report(state, log, rates, waited, seconds, indices.size * world)
                     waited, began = 0.0, time.perf_counter()
                 if validates:
                     now = time.perf_counter()
@@ -351,7 +369,7 @@ def run(config):
                     began += time.perf_counter() - now
         if stopped:
             for waiting in unsettled:
-                settle(state, train, *waiting)
+                settle(state, train, skips, *waiting)
             with ranks.rank_0_first():  # torchrun ends all as soon as one ends
                 save(last)
             sys.exit(f'Stopped at step {state["iter"]} by a signal; --resume=True goes on from {last}.')

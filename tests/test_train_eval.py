@@ -5,6 +5,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -628,6 +629,17 @@ def test_one_row_where_queries_never_see_each_other(world, tmp_path):
         run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path / str(mode)}')
         assert [(row['method'], row['transductive']) for row in rows_of(tmp_path / str(mode))] == [
             ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
+
+
+def test_steps_that_a_scaler_leaves_out_do_not_count_until_they_are_too_many():
+    state, split = dict(loss=0.0, correct=0.0, steps=0), SimpleNamespace(videos=[SimpleNamespace(path='a.mp4')])
+    for number, loss in enumerate([1.0, math.nan, math.inf, 2.0, math.nan, math.nan]):
+        numbers = [loss, 0.5, number == 1]
+        stopped = train.settle(state, split, 2, number, numbers.copy, np.zeros(1, int))
+        assert stopped == (number == 1)
+    assert (state['loss'], state['correct'], state['steps']) == (3.0, 1.0, 2)
+    with pytest.raises(SystemExit, match='The loss is nan at step 6.*a.mp4'):
+        train.settle(state, split, 2, 6, lambda: [math.nan, 0.5, 0.0], np.zeros(1, int))
 
 
 @pytest.mark.cuda

@@ -49,7 +49,7 @@ import testing  # noqa: E402
 import train as training  # noqa: E402
 from config import DEFAULTS, ROOT, amp, find_method, load_config, methods, resolve  # noqa: E402
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
-from model import Episode, Step, bring, look  # noqa: E402
+from model import IMAGES, Episode, Step, bring, look  # noqa: E402
 from reader import ClipMaker, ClipReader  # noqa: E402
 
 OPTIONS = dict(
@@ -374,7 +374,7 @@ def stepper(config, visual, model, batches):
     `look` gave of them."""
     step, optimizer = training.wrapped(config, model), training.optimizer_of(config, model)
     scaler = torch.amp.GradScaler(config['device'], enabled=config['dtype'] == 'float16')
-    shows = torch.compile(look) if training.compiles(config) else look
+    shows = torch.compile(look) if config['compile'] else look
     episode, number = episodes_of(config), itertools.count()
 
     def one():
@@ -519,7 +519,7 @@ def step_bytes(visual, model, config):
     visual, step, norm = copy.deepcopy(visual), Step(copy.deepcopy(model)), F.layer_norm
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
             mock.patch('torch.nn.functional.layer_norm', lambda x, *args: norm(x.float(), *args)), \
-            mock.patch('model.CPU_CHUNK', 2 ** 30):  # a GPU takes all images at once, and its autocast norms in float32
+            mock.patch.dict('model.IMAGES', cpu=IMAGES['cuda']):  # and a GPU's autocast norms in float32
         for module in (*visual.modules(), *step.modules()):
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty_like(p), p.requires_grad))
