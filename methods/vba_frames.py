@@ -18,7 +18,7 @@ class Method(nn.Module):
         levels=4,               # last blocks whose outputs feed the aggregator
         layer=64,               # width of a trained linear layer in front and of the aggregator; 0: none, that of CLIP
         cls_token=True,         # the aggregator sees the class token too
-        gate=True,              # between levels each query is mixed with its frame's class token
+        gate=False,             # between levels each query is mixed with its frame's class token
         matching='query',       # weights of pairs of frames: of each 'query' its own, or 'fixed' ones; False: frame t meets
                                 # frame t alone
         temp=100.0,             # factor of the similarities, (3.7); those of 'query' have none

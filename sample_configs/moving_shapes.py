@@ -14,7 +14,6 @@ config = dict(
     resize=64,
     augment='none',
     vba=dict(temporal_adapter=False, lr=3e-4),
-    vba_frames=dict(lr=3e-4),
     matrix=dict(lr=1e-2),
     trx=dict(width=64),
     cache_prefix=2,

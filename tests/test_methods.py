@@ -121,8 +121,8 @@ def test_vba_frames_by_hand():
 @torch.no_grad()
 def test_vba_frames_gates_and_own_matching_by_hand():
     """Of each level the query is mixed with its frame's class token; pairs of frames count what the query's matrix says."""
-    _, method = built('vba_frames', frames=4, levels=2)
-    _, plain = built('vba_frames', frames=4, levels=2, gate=False)
+    _, method = built('vba_frames', frames=4, levels=2, gate=True)
+    _, plain = built('vba_frames', frames=4, levels=2)
     plain.load_state_dict(method.state_dict(), strict=False)
     seen = [torch.randn(5, 4, 5, 64) for _ in range(2)]
     method.gamma.fill_(9.0)  # a gate that lets nothing of the class token in
@@ -140,7 +140,7 @@ def test_vba_frames_gates_and_own_matching_by_hand():
 
 @pytest.mark.parametrize('cls_token', [False, True])
 def test_vba_frames_sees_the_class_token_when_asked(cls_token):
-    _, method = built('vba_frames', frames=4, levels=2, gate=False, cls_token=cls_token)
+    _, method = built('vba_frames', frames=4, levels=2, cls_token=cls_token)
     x = torch.randn(2, 4, 5, 64, requires_grad=True)
     method.video(x, x)[0].square().sum().backward()
     assert (x.grad[:, :, 0].abs().sum() > 0) == cls_token and x.grad[:, :, 1:].abs().sum() > 0

@@ -34,6 +34,7 @@ from clip_loader import CLIP
 from config import MACHINE, find_method, load_config, resolve
 from model import Episode, bring, look
 from reader import ClipReader
+from tools import extract
 from tools.claim import claimed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -629,6 +630,21 @@ def test_one_row_where_queries_never_see_each_other(world, tmp_path):
         run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path / str(mode)}')
         assert [(row['method'], row['transductive']) for row in rows_of(tmp_path / str(mode))] == [
             ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
+
+
+def test_features_for_other_programs(world, trained, tmp_path):
+    run(extract, world, f'--ckpt={trained[0] / "best.pt"}', f'--out={tmp_path / "x.npz"}')
+    found = np.load(tmp_path / 'x.npz')
+    assert found['image'].shape == (12, 4, 32) and found['video_0'].shape == (12, 128) and found['image'].std() > 0
+    assert found['classes'][found['labels']].tolist() == [Path(name).parent.name for name in found['names']]
+
+
+def test_queries_of_classes_that_were_not_shown(world, trained, tmp_path):
+    run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--open_set=True', f'--out_dir={tmp_path}')
+    rows = json.loads((tmp_path / 'open_set.json').read_text())
+    assert [(row['shot'], row['method']) for row in rows] == list(itertools.product(
+        (1, 2), ('mean_pool', 'concat', 'zero_shot', 'vba')))
+    assert all(0 <= row['auroc'] <= 100 and math.isfinite(row['threshold']) and row['way'] == 1 for row in rows)
 
 
 def test_steps_that_a_scaler_leaves_out_do_not_count_until_they_are_too_many():
