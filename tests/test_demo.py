@@ -1,6 +1,7 @@
 """The demo's clips and stills say what they show; sees.py reads what is there."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 DEMO = Path(__file__).resolve().parent.parent / 'demo'
 sys.path.insert(0, str(DEMO))
+import predict  # noqa: E402
 import sees  # noqa: E402
 import shapes  # noqa: E402
 from clip_loader import CLIP  # noqa: E402
@@ -275,3 +277,21 @@ def test_mistakes_within_groups_alone(tmp_path, capsys):
     (tmp_path / 'results.json').write_text(json.dumps(rows))
     sees.mistakes(tmp_path / 'results.json')
     assert '| one then the other | 0 | 75 | 25 | 0 | 0 |' in capsys.readouterr().out
+
+
+def test_the_checkpoint_that_comes_along_answers_before_any_training(tmp_path, monkeypatch, capsys):
+    """Of three unseen motions, four clips each, from five examples: by chance four of the twelve are right."""
+    names = ['move left then grow', 'shrink and fade in, too far and back', 'move up by way of move right']
+    shapes.write_dataset(str(tmp_path / 'support'), 9, workers=1, names=names)
+    for name in names:
+        (tmp_path / 'query' / name).mkdir(parents=True)
+        for number in range(5, 9):
+            clip = f'{name}/{number:04}.mp4'
+            (tmp_path / 'support' / clip).rename(tmp_path / 'query' / clip)
+    monkeypatch.setattr('sys.argv', [
+        'predict.py', f'--ckpt={DEMO}/ladder.pt', f'--support={tmp_path / "support"}', f'--query={tmp_path / "query"}',
+        '--json', '--workers=0', '--device=cpu'])
+    predict.main()
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [os.path.basename(os.path.dirname(answer['query'])) == answer['classes'][0]['name'] for answer in answers]
+    assert len(right) == 12 and sum(right) >= 8
