@@ -84,13 +84,11 @@ def load(path, device='cpu', trusted=None):
     checkpoint, or where its method is a file that is neither this repository's nor `trusted`."""
     try:
         checkpoint = read_saved(path, device)
-        checkpoint['model'], checkpoint['weights_hash'], dict(checkpoint['config'])
+        checkpoint['model'], checkpoint['weights_hash'], checkpoint['names'], checkpoint['config']['method']
     except FileNotFoundError:
         sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
     except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f'{path} is not a checkpoint of train.py: {type(error).__name__}: {error}')
-    if 'names' not in checkpoint:
-        sys.exit(f'{path} is from before methods were files of their own: train it again.')
     return checkpoint | dict(config=saved_config(checkpoint['config'], path, trusted))
 
 

@@ -13,7 +13,6 @@ folder. The result is a plain dict.
 import ast
 import difflib
 import importlib.util
-import io
 import os
 import re
 import shutil
@@ -106,7 +105,8 @@ POSITIVE = ('frames', 'resize', 'image_size', 'cache_frames', 'way', 'shot', 'qu
             'eval_interval', 'val_episodes', 'log_interval', 'test_queries', 'test_episodes', 'top', 'stride', 'temp', 'seeds',
             'jobs', 'lam', 'width', 'views', 'crops', 'smooth')
 NOT_NEGATIVE = ('workers', 'cache_gb', 'features_gb', 'cache_prefix', 'micro_batch', 'warmup_iters', 'grad_clip', 'max_iters',
-                'seed', 'window', 'least', 'per_class', 'prefix', 'postfix', 'layers', 'finetune', 'lr', 'weight_decay')
+                'seed', 'window', 'least', 'per_class', 'prefix', 'postfix', 'layer', 'layers', 'finetune', 'lr',
+                'weight_decay')
 PATHS = ('data_root', 'annotations', 'prepare', 'cache_dir', 'out_dir', 'features_dir', 'ckpt', 'support',
          'save_support', 'csv', 'report', 'episodes_file', 'sheet', 'draw', 'out')
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -154,7 +154,7 @@ def load_config(argv, own=None, saved=None, script=None):
     """
     sys.excepthook = in_a_sentence
     script = script or sys.modules['__main__']
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='surrogateescape')  # file names that are no UTF-8 are printed as they are
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
@@ -185,13 +185,12 @@ def load_config(argv, own=None, saved=None, script=None):
                          + (f'; did you mean {near[0]!r}?' if near else '.'))
             config[key] = checked(key, value, defaults[key], choices, folder, source)
     config['method'] = name
-    alone = [key for key in ('per_class', 'views', 'crops') if not config['closed_set'] and config[key] != DEFAULTS[key]]
     if config['views'] > 1 and config['test_sampling'] == 'random':
         sys.exit("views: random frames are one draw a video; several views need test_sampling='middle'.")
-    if config['test_split'] == 'unseen' and not config['closed_set']:
-        alone = ['test_split']
-    if alone:
-        sys.exit(f'{alone[0]}={config[alone[0]]!r} needs closed_set=True.')
+    closed = [key for key in ('per_class', 'views', 'crops') if config[key] != DEFAULTS[key]]
+    closed += ['test_split'] * (config['test_split'] == 'unseen')
+    if closed and not config['closed_set']:
+        sys.exit(f'{closed[0]}={config[closed[0]]!r} needs closed_set=True.')
     if config['out_dir'] is None:
         config['out_dir'] = os.path.join(ROOT, 'runs', f'{config["dataset"] or "unnamed"}_{name_of(name)}')
     return config
@@ -305,8 +304,10 @@ def checked(key, value, default, choices, folder, source):
         sys.exit(f'{source}: {key}={value!r} must be of type {type(default).__name__}, as its default {default!r} is.')
     if isinstance(value, list):
         kind = type(default[0]) if isinstance(default, list) else int if key == 'test_ways' else str
+        value = [float(v) if kind is float and type(v) is int else v for v in value]
         if not value or any(type(v) is not kind or (kind is int and v <= 0) for v in value):
-            sys.exit(f'{source}: {key}={value!r} must be a list of {"positive integers" if kind is int else "strings"}.')
+            sys.exit(f'{source}: {key}={value!r} must be a list of '
+                     + {int: 'positive integers.', float: 'numbers.', str: 'strings.'}[kind])
     if key == 'holdout' and not (set(value) == set(default) and all(type(share) in (int, float) for share in value.values())
                                  and min(value.values()) >= 0 and sum(value.values()) < 1):
         sys.exit(f'{source}: holdout={value!r} must be shares of the videos, such as {default!r}.')
@@ -343,7 +344,7 @@ def resolve(config):
         compiler = os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang')))  # which Triton needs
         config['compile'] = config['device'] == 'cuda' and bool(compiler)
         if config['device'] == 'cuda' and not compiler:
-            print('There is no C compiler here, so nothing is compiled (--compile=False): training is slower.')
+            print('There is no C compiler here, so nothing is compiled (--compile=False): slower.', file=sys.stderr)
     if config['dtype'] == 'auto':
         config['dtype'] = 'float16' if config['device'] == 'cuda' else 'float32'
 

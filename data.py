@@ -96,17 +96,17 @@ def list_videos(config):
     if not os.path.isdir(root):
         prepare(config)
     if config['annotations'] is None:
-        rows, names, found = [], {}, list_folders(root)
-        loose = [video.path for _, video in found if os.path.dirname(video.path) == root]
-        if loose:
-            print(f'Warning: {root} holds {len(loose)} videos outside of class folders, such as {loose[0]}; left out.',
-                  file=sys.stderr, flush=True)
-        for folder, video in found:
-            if video.path in loose:
+        rows, names, loose = [], {}, []
+        for folder, video in list_folders(root):
+            if os.path.dirname(video.path) == root:
+                loose.append(video.path)
                 continue
             name = video.path[len(root) + 1:]
             above = re.split(r'[\\/]', name)[0]
             rows.append((folder, name, video, above if above in SPLITS else None))
+        if loose:
+            print(f'Warning: {root} holds {len(loose)} videos outside of class folders, such as {loose[0]}; left out.',
+                  file=sys.stderr, flush=True)
         if not rows:
             sys.exit(f'{root} holds no videos: expected a folder per class of videos or folders of images.\n{config["fetch"]}')
     else:

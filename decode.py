@@ -115,12 +115,23 @@ def number_in(name):
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
+def open_video(path):
+    """A video file -> its open container, its video stream. ValueError: it has none, or is no file: reading a pipe may never
+    end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError('not a regular file')
+    container = av.open(f'file:{path}', metadata_errors='ignore', options=DEMUXER)
+    stream = container.streams.best('video')
+    if stream is None:
+        raise ValueError('no video stream')
+    stream.codec_context.options = DECODER
+    return container, stream
+
+
 class Source:
     """A video file. `headers`: of all its packets, for their number is to be trusted and the file's own header is not."""
 
     def __init__(self, path, notes):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
-            raise ValueError('not a regular file')
         self.path, self.headers, self.kept, self.hidden, size = path, [], [], False, 0
         self.open()
         for packet in self.demux(notes):
@@ -133,12 +144,9 @@ class Source:
         self.is_new = size <= KEPT_BYTES
 
     def open(self):
-        self.container = av.open(f'file:{self.path}', metadata_errors='ignore', options=DEMUXER)
-        self.stream = self.container.streams.best('video')
-        if self.stream is None:
-            raise ValueError('no video stream')
+        self.container, self.stream = open_video(self.path)
         self.codec = self.stream.codec_context
-        self.codec.thread_count, self.codec.options = 1, DECODER  # workers fill the cores
+        self.codec.thread_count = 1  # workers fill the cores
 
     def demux(self, notes):
         """Yields what packets can be read."""

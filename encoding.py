@@ -6,7 +6,9 @@
     columns, on_gpu    where that lies
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -142,7 +144,9 @@ def columns(path, count, specs):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'ab') as file:
-                if file.tell() not in (0, sum(sizes)):  # not whole
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # of two trainings that share features_dir one makes it
+                if file.seek(0, os.SEEK_END) not in (0, sum(sizes)):  # not whole
                     file.truncate(0)
                 if hasattr(os, 'posix_fallocate'):
                     os.posix_fallocate(file.fileno(), 0, sum(sizes))  # a full disk is told now, not by a signal later

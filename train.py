@@ -240,7 +240,7 @@ def settle(state, split, skips, number, read, indices):
     """Adds loss, accuracy and signals of step `number`, as `sent` gives them, to the state -> whether a signal came. Ends where
     the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
     loss, accuracy, stopped = read()
-    state['skipped'] = 0 if math.isfinite(loss) else state.get('skipped', 0) + 1
+    state['skipped'] = 0 if math.isfinite(loss) else state['skipped'] + 1
     if 0 < state['skipped'] <= skips:
         return stopped > 0
     if state['skipped']:
@@ -294,7 +294,9 @@ def run(config):
     if not config['train_groups']:
         splits['train'] = dataclasses.replace(splits['train'], groups=[])
     train, val, test = (splits[use] for use in data.SPLITS)
-    (sizes, *_), *_ = [data.try_episodes(config, use, splits[use]) for use in data.SPLITS]
+    for use in ('val', 'test'):
+        data.try_episodes(config, use, splits[use])
+    sizes = data.try_episodes(config, 'train', train)[0]
     tests = [test]
     if config['closed_set']:
         unseen = splits[data.UNSEEN]
@@ -315,7 +317,7 @@ def run(config):
 
     optimizer = optimizer_of(config, method)
     scaler = torch.amp.GradScaler(torch.device(config['device']).type, enabled=config['dtype'] == 'float16')
-    state = dict(iter=0, best=-1.0, loss=0.0, correct=0.0, steps=0)  # the last three: sums since the last log line
+    state = dict(iter=0, best=-1.0, skipped=0, loss=0.0, correct=0.0, steps=0)  # sums since the last log line
     last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     if config['resume']:
         resume(config, last, method, clip, optimizer, scaler, state)
@@ -396,8 +398,8 @@ def main():
     config = load_config(sys.argv[1:])
     resolve(config)
     ranks.begin(config)
-    alone = claimed(config['out_dir'], config['resume'] or config['overwrite'])
-    with contextlib.nullcontext() if ranks.rank_of()[0] else alone:
+    first = ranks.rank_of()[0] == 0
+    with claimed(config['out_dir'], config['resume'], config['overwrite']) if first else contextlib.nullcontext():
         run(config)
     ranks.end()  # once nothing holds what it ends: the module that adds up gradients did
 

@@ -1,7 +1,7 @@
 """D2ST-Adapter (ICCV 2025): behind CLIP's last blocks, adapters in which every token looks at 32 points of the whole video.
 
 In one path the points lie dense in space, in the other dense in time, and each learns where to move them for a video. Bi-MHM
-compares the sets of frames. As published CLIP's class embedding trains too.
+compares the sets of frames. Left out: CLIP's class embedding, which trains too as published.
 """
 
 import copy

@@ -7,7 +7,7 @@ have to do with each other is made to tell the training classes. Blocks start at
 import torch.nn.functional as F
 from torch import nn
 
-from methods import ladder
+from methods.ladder import Method as Ladder
 from methods.tws import sentences
 from model import cross_entropy
 
@@ -33,7 +33,7 @@ class Method(nn.Module):
 
     def __init__(self, clip, names, config):
         super().__init__()
-        self.base = ladder.Method(clip, names, config | dict(metric='dcm'))
+        self.base = Ladder(clip, names, config | dict(metric='dcm'))
         self.sees = (*self.base.sees, 'image')
         self.clip, self.config, width, dim = clip, config, config['width'], clip.visual.proj.shape[1]
         if len(config['fusion']) != 3:

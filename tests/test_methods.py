@@ -1,6 +1,8 @@
 """Methods behind the seam: those of methods/, and the one that the README shows whole."""
 
+import ast
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +17,7 @@ import eval as evaluation
 import predict
 import train
 from clip_loader import CLIP
-from config import DEFAULTS, find_method
+from config import DEFAULTS, ROOT, find_method, methods
 from model import Episode, Step, look
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
@@ -144,6 +146,17 @@ def test_vba_frames_sees_the_class_token_when_asked(cls_token):
     x = torch.randn(2, 4, 5, 64, requires_grad=True)
     method.video(x, x)[0].square().sum().backward()
     assert (x.grad[:, :, 0].abs().sum() > 0) == cls_token and x.grad[:, :, 1:].abs().sum() > 0
+
+
+@pytest.mark.parametrize('name', methods())
+def test_kept_features_know_all_files_that_made_them(name):
+    """Whatever of methods/ a method imports, in whatever words, is among its sources."""
+    path = find_method(name)[1]
+    imported = {module for node in ast.walk(ast.parse(Path(path).read_text())) for module in (
+        [alias.name for alias in node.names] if isinstance(node, ast.Import) else
+        [node.module, *(f'{node.module}.{alias.name}' for alias in node.names)] if isinstance(node, ast.ImportFrom) else [])}
+    borrowed = {os.path.join(ROOT, *module.split('.')) + '.py' for module in imported if module.startswith('methods')}
+    assert {file for file in borrowed if os.path.exists(file)} <= set(checkpoint.sources(path))
 
 
 @pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba', 'vba_frames'])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
-    IMAGES,
+    CHUNK,
     MLP,
     NORMS,
     VBA,
@@ -422,7 +422,7 @@ def test_compiles_in_one_graph_with_the_same_gradients(adapter, recompute, half)
 
 def test_looking_compiles_in_one_graph(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setitem(IMAGES, 'cpu', 1000)  # one chunk, as on a GPU
+    monkeypatch.setitem(CHUNK, 'cpu', 1000)  # one chunk, as on a GPU
     (_, visual), frames = fresh(), clips(3)
     compiled = torch.compile(look, fullgraph=True, dynamic=False, backend='aot_eager')
     for sees in (('image', 3), (2, 4), (3,), ('pixels', 1)):

@@ -49,7 +49,7 @@ import testing  # noqa: E402
 import train as training  # noqa: E402
 from config import DEFAULTS, ROOT, amp, find_method, load_config, methods, resolve  # noqa: E402
 from decode import VIDEOS, Converter, Video, read_frames, sample_indices  # noqa: E402
-from model import IMAGES, Episode, Step, bring, look  # noqa: E402
+from model import CHUNK, Episode, Step, bring, look  # noqa: E402
 from reader import ClipMaker, ClipReader  # noqa: E402
 
 OPTIONS = dict(
@@ -519,7 +519,7 @@ def step_bytes(visual, model, config):
     visual, step, norm = copy.deepcopy(visual), Step(copy.deepcopy(model)), F.layer_norm
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
             mock.patch('torch.nn.functional.layer_norm', lambda x, *args: norm(x.float(), *args)), \
-            mock.patch.dict('model.IMAGES', cpu=IMAGES['cuda']):  # and a GPU's autocast norms in float32
+            mock.patch.dict('model.CHUNK', cpu=CHUNK['cuda']):  # and a GPU's autocast norms in float32
         for module in (*visual.modules(), *step.modules()):
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty_like(p), p.requires_grad))

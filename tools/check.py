@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import load_config
-from data import SPLITS, Split, list_videos, load_splits, read_verdicts, sizes_of, try_episodes, verdict_file
+from data import SPLITS, Split, groups_of, list_videos, load_splits, read_verdicts, sizes_of, try_episodes, verdict_file
 from decode import IMAGES, stamp
 from reader import ClipReader
 
@@ -95,7 +95,9 @@ def check(config):
                 good.append((label, video))
         print(f'{split:8}{len(classes):8}{len(listed):8}{len(listed) - counts["missing"]:8}{counts["missing"]:8}'
               f'{counts["unreadable"]:11}{counts["damaged"]:8}  {counts["short"]}')
-        splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64))
+        groups = groups_of(config, split) if split != 'train' or config['train_groups'] else []
+        splits[split] = Split(split, classes, [video for _, video in good], np.array([label for label, _ in good], np.int64),
+                              [] if config['closed_set'] else groups)
     twice = find_twice(listing)
     for (split, name, path), *others in twice:
         bad += [f'{split}\t{name}\t{path}\tthe same video as {other} ({of}, {other_name})' for of, other_name, other in others]

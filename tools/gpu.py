@@ -40,7 +40,8 @@ def parts_for_cuda(out):
     return found + [
         ('Encoding', 25, [BENCH, 'encode', '--images=512']),
         ('10,000 test episodes', 40, [BENCH, 'eval', '--episodes=10000', '--videos=2000', '--rounds=1']),
-        ('The demo', 150, ['train.py', os.path.join('sample_configs', 'moving_shapes.py'), f'--out_dir={out}/demo']),
+        ('The demo', 150, ['train.py', os.path.join('sample_configs', 'moving_shapes.py'), f'--out_dir={out}/demo',
+                           '--overwrite=True']),
     ]
 
 
@@ -73,7 +74,7 @@ def measure(title, limit, arguments):
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         status, output = f'exit status {run.returncode}', run.stdout
     except subprocess.TimeoutExpired as error:
-        status, output = f'ended after {limit} s', (error.stdout or b'').decode()
+        status, output = f'ended after {limit} s', (error.stdout or b'').decode(errors='replace')
     return dict(title=title, command=' '.join(['python', *arguments]), status=status, seconds=round(time.time() - began, 1),
                 output=output)
 

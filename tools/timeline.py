@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from decode import Converter, UnreadableVideo
+from decode import Converter, UnreadableVideo, open_video
 from reader import ClipMaker
 
 WINDOW_LIMIT = 600  # seconds for a window, and before the first one for measuring the whole file
@@ -28,10 +28,8 @@ def measure(path):
     The pts is None where time stamps are missing (raw H.264): seconds are then the frame's number over the rate.
     """
     first, last, count, timed = math.inf, -math.inf, 0, True
-    with av.open(f'file:{path}', metadata_errors='ignore') as container:
-        stream = container.streams.best('video')
-        if stream is None:
-            raise ValueError('no video stream')
+    container, stream = open_video(path)
+    with container:
         step = 1 / frame_rate(stream)
         try:
             for packet in container.demux(stream):
@@ -51,8 +49,9 @@ def frame_rate(stream):
 
 def timed_frames(path, first):
     """A video file and the pts of its first frame -> yields (decoded frame, its second) in order, but for what is damaged."""
-    with av.open(f'file:{path}', metadata_errors='ignore') as container:
-        stream, number = container.streams.best('video'), 0
+    container, stream = open_video(path)
+    with container:
+        number = 0
         stream.thread_type = 'AUTO'
         packets = container.demux(stream)
         while True:
