@@ -161,8 +161,9 @@ def stretches(rows, classes, config):
     if config['smooth'] == 1 and not config['least']:
         yield from merge((start, end, classes[np.argmax(scores)], max(scores)) for start, end, scores in rows)
         return
-    rows, reach = list(rows), config['smooth'] // 2
-    scores = [np.mean([near for *_, near in rows[max(0, i - reach):i + reach + 1]], 0) for i in range(len(rows))]
+    rows, smooth = list(rows), config['smooth']
+    scores = [np.mean([near for *_, near in rows[max(0, i - (smooth - 1) // 2):i + smooth // 2 + 1]], 0)
+              for i in range(len(rows))]
     best = np.array([each.argmax() for each in scores])
     while len(best):
         runs = list(itertools.pairwise([0, *np.flatnonzero(np.diff(best)) + 1, len(best)]))
