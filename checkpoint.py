@@ -199,15 +199,14 @@ def make_folder(folder):
 
 @contextlib.contextmanager
 def whole(path, mode='w'):
-    """A file to write that gets its name at the end: whole or not there."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    """A file to write that gets its name at the end: whole or not there. Stops with one sentence where it cannot be written."""
     try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with open(path + '.tmp', mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
+        os.replace(path + '.tmp', path)
     except OSError as error:
-        error.filename = path  # of a full disk it says none
-        raise
-    os.replace(path + '.tmp', path)
+        sys.exit(f'Cannot write {path}: {error.strerror}.')
 
 
 def save_json(path, content):

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 
-from tools.console import in_a_sentence
+from tools import console
 
 DATA = dict(  # which videos, and where they are
     dataset='',                # the name printed beside every number
@@ -152,10 +152,8 @@ def load_config(argv, own=None, saved=None, script=None):
     At --help it prints every option, after the docstring of `script`, a module, else of the main one, and ends. Stops with one
     sentence at an unknown key, a wrong type or an impossible value.
     """
-    sys.excepthook = in_a_sentence
+    console.begin()
     script = script or sys.modules['__main__']
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='surrogateescape')  # file names that are no UTF-8 are printed as they are
     if not argv:
         sys.exit(f'{script.__doc__}\n--help prints every option.')
     sample, given = parse(argv)

@@ -3,7 +3,7 @@
     Video, UnreadableVideo, stamp      a clip of a file or of a folder of images
     sample_indices                     which frames: TSN
     read_frames                        those frames of a file or folder, and what is wrong with it
-    Source, Converter                  a file as often as it is decoded; decoded frames -> pictures
+    open_video, Source, Converter      a file as often as it is decoded; decoded frames -> pictures
     decode                             decode_some, no more work than those frames need, or else decode_in_order
     decode_image, encode_images        JPEG and PNG
 """

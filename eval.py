@@ -169,6 +169,8 @@ def main():
         sys.exit('open_set: with closed_set=True there are no episodes whose classes could leave some out.')
     if config['closed_set'] and config['episodes_file']:
         sys.exit('episodes_file: with closed_set=True there are no episodes; the hash tells the videos.')
+    if config['open_set'] and (config['closed_set'] or config['episodes_file'] or config['probe']):
+        sys.exit('open_set draws episodes of its own: not with closed_set, episodes_file or probe.')
     resolve(config)
     ranks.begin(config)
     found = [(path, saved, own | {key: config[key] for key in ('device', 'dtype')}) for path, saved, own in found]

@@ -114,14 +114,6 @@ def load_examples(path, made):
     return examples
 
 
-def save_examples(path, examples):
-    try:
-        with checkpoint.whole(path, 'wb') as file:
-            torch.save(examples, file)
-    except OSError as error:
-        sys.exit(f'Cannot write {path}: {error}')
-
-
 def own_classes(config, method):
     """What answers without examples, in the form of `encode_examples`: the classes named on the command line, or its own."""
     classes = config['classes'] or method.names
@@ -268,13 +260,14 @@ def main():
         else:
             examples = load_examples(config['support'], made)
         if config['save_support']:
-            save_examples(config['save_support'], dict(examples, made=made))
+            with checkpoint.whole(config['save_support'], 'wb') as file:
+                torch.save(dict(examples, made=made), file)
         if not config['query']:
             return
         name, classes = name_of(config['method']), examples['classes'] + [NONE] * (config['unknown'] is not None)
         if not config['json']:
-            print(f'{name}, {len(classes)} classes, {number_of(examples)} examples each; scores add up to 1 over the classes',
-                  flush=True)
+            known = f'{len(examples["classes"])} classes, {number_of(examples)} examples each'
+            print(f'{name}, {known}; scores add up to 1 over the classes', flush=True)
         paths = find_queries(config['query'])
         size = clip.visual.image_size
         clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)

@@ -12,13 +12,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tools.console import Lasting
-
 
 def begin(config):
     """Joins the processes that torchrun started, if it did; config['device'] becomes this one's. Ranks above 0 print warnings
     alone."""
-    sys.stdout = Lasting(sys.stdout)
     if 'WORLD_SIZE' not in os.environ:
         return
     cuda = config['device'] == 'cuda'

@@ -389,7 +389,7 @@ def run(config):
             rows += testing.evaluate(config, encoded, split, rows_of_videos)[0]
         if rank == 0:
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)
-            pictures.curve(os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'curve.png'))
+            pictures.curves({'': os.path.join(out_dir, 'log.jsonl')}, os.path.join(out_dir, 'curve.png'))
     finally:
         reader.close()
 

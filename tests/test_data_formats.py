@@ -272,6 +272,13 @@ def mixed(tmp_path):
                 way=2, shot=2, queries=2, test_shots=[1], resize=48, device='cpu')
 
 
+def test_the_check_knows_of_groups(mixed):
+    """Two classes are enough for 2-way episodes, two groups of one are not."""
+    mixed['splits']['test'] = [['in'], ['out']]
+    with pytest.raises(SystemExit, match='cannot be trained: .*in 2 groups'):
+        check.check(mixed)
+
+
 def test_check(mixed, capsys, monkeypatch):
     check.check(mixed)
     out = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -217,10 +219,11 @@ def test_a_disk_that_fills_is_told_in_a_sentence(world, tmp_path, monkeypatch, c
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, 'save', save)
-    with pytest.raises(OSError) as full:
-        run(train, world, f'--out_dir={tmp_path}')
-    sys.excepthook(full.type, full.value, full.tb)  # as it is since load_config
-    assert capsys.readouterr().err == f'Cannot write {tmp_path / "best.pt"}: No space left on device.\n'
+    full = run(train, world, f'--out_dir={tmp_path}', check=False)
+    assert full.error == f'Cannot write {tmp_path / "best.pt"}: No space left on device.'
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'log.jsonl')
+    sys.excepthook(OSError, error, None)  # as it is since load_config
+    assert capsys.readouterr().err == 'Cannot write log.jsonl: No space left on device.\n'
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == 'Stopped by Ctrl-C.\n'
     sys.excepthook(ValueError, ValueError('a fault'), None)
@@ -648,6 +651,22 @@ def test_queries_of_classes_that_were_not_shown(world, trained, tmp_path):
     assert [(row['shot'], row['method']) for row in rows] == list(itertools.product(
         (1, 2), ('mean_pool', 'concat', 'zero_shot', 'vba')))
     assert all(0 <= row['auroc'] <= 100 and math.isfinite(row['threshold']) and row['way'] == 1 for row in rows)
+
+
+def test_two_trainings_that_share_a_features_file_make_it_in_turn(tmp_path):
+    """While one has it half made the other waits, and then takes it as it is."""
+    path, specs, found = str(tmp_path / 'x.bin'), [((3,), np.dtype(np.uint8))], []
+    with open(path, 'ab') as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        other = threading.Thread(target=lambda: found.extend(encoding.columns(path, 64, specs)), daemon=True)
+        other.start()
+        first.write(b'x' * 100)  # half of it
+        first.flush()
+        other.join(0.5)
+        assert not found and os.path.getsize(path) == 100
+        first.write(b'x' * 92)
+    other.join(20)
+    assert (found[0] == ord('x')).all() and found[0].shape == (64, 3)
 
 
 def test_steps_that_a_scaler_leaves_out_do_not_count_until_they_are_too_many():

@@ -102,4 +102,7 @@ def test_descriptions_stand_for_names(tmp_path):
         method.texts(['a', 'd'])
     with pytest.raises(SystemExit, match='three exponents'):
         built(fusion=[1.0])
+    assert load_config(['--method=ts_fsar', '--device=cpu', '--fusion=[1,0,0.5]'])['fusion'] == [1.0, 0.0, 0.5]
+    with pytest.raises(SystemExit, match='must be a list of numbers'):
+        load_config(['--method=ts_fsar', '--device=cpu', '--fusion=["a"]'])
 

@@ -16,6 +16,7 @@ from av.bitstream import BitStreamFilterContext
 
 import decode
 from make_clips import KINDS, X264, write_clip, write_folder
+from tools import timeline
 
 
 def in_order(path):
@@ -188,6 +189,9 @@ def test_other_files_and_pipes_are_not_read(tmp_path):
     for name, problem in (('list.mp4', 'not on whitelist'), ('pipe.mp4', 'not a regular file')):
         with pytest.raises(decode.UnreadableVideo, match=f'{name}: .*{problem}'):
             decode.read_frames(str(tmp_path / name), lambda n: [0], 256)
+        for reads in (timeline.measure, lambda path: next(timeline.timed_frames(path, None))):
+            with pytest.raises((OSError, ValueError)):
+                reads(str(tmp_path / name))
 
 
 def test_frames_of_too_many_pixels_are_refused(tmp_path):

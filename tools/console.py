@@ -4,7 +4,17 @@ import contextlib
 import errno
 import sys
 
-NO_FAULTS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # of the program
+NO_FAULTS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # of the program
+
+
+def begin():
+    """What every script does first: it says its last words in a sentence, prints file names that are no UTF-8 as they are, and
+    goes on where nobody reads any more."""
+    sys.excepthook = in_a_sentence
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='surrogateescape')
+    if not isinstance(sys.stdout, Lasting):
+        sys.stdout = Lasting(sys.stdout)
 
 
 def in_a_sentence(kind, error, trace):
@@ -33,3 +43,6 @@ class Lasting:
     def flush(self):
         with contextlib.suppress(BrokenPipeError):
             self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)

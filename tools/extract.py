@@ -35,23 +35,22 @@ def main():
     method = checkpoint.rebuild(config, clip, saved, path) if found else None
     checkpoint.freeze(config, clip)
     sees = list(dict.fromkeys(['image', *(method.sees if found else ())]))
+
+    def make(seen):  # what is kept of some videos
+        own = [seen[sees.index(what)] for what in method.sees] if found else []
+        return [encoding.stored(seen[0]), *(encoding.videos(config, method, own) if found else [])]
+
+    about = ['image', checkpoint.fingerprint(config, clip, method)]
     reader = ClipReader(config, clip.visual.image_size)
     try:
-        shown = encoding.keep_seen(config, clip, data.load_splits(config)[config['test_split']], reader, sees)
+        kept = encoding.keep(config, clip, data.load_splits(config)[config['test_split']], reader, sees, make, about)
     finally:
         reader.close()
-    seen = dict(zip(sees, (x[shown.rows] for x in shown.tensors)))
-    arrays = dict(image=seen['image'])
-    if found:
-        kept = encoding.videos(config, method, [seen[what] for what in method.sees])
-        arrays |= {f'video_{i}': x for i, x in enumerate(kept)}
-    arrays = {name: x.float().cpu().numpy() for name, x in arrays.items()}
-    try:
-        with checkpoint.whole(config['out'], 'wb') as file:
-            np.savez(file, **arrays, names=[video.path for video in shown.split.videos], labels=shown.split.labels,
-                     classes=shown.split.classes)
-    except OSError as error:
-        sys.exit(f'Cannot write {config["out"]}: {error.strerror}.')
+    names = ['image', *(f'video_{i}' for i in range(len(kept.tensors) - 1))]
+    arrays = {name: x[kept.rows].float().cpu().numpy() for name, x in zip(names, kept.tensors)}
+    with checkpoint.whole(config['out'], 'wb') as file:
+        np.savez(file, **arrays, names=[video.path for video in kept.split.videos], labels=kept.split.labels,
+                 classes=kept.split.classes)
     print(f'{config["out"]}: ' + ', '.join(f'{name} {x.shape}' for name, x in arrays.items()))
 
 

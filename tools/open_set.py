@@ -57,6 +57,13 @@ def auroc(known, unknown):
     return (np.searchsorted(unknown, known, 'left') + np.searchsorted(unknown, known, 'right')).mean() / 2 / len(unknown)
 
 
+def pairs(some, others):
+    """Lists of Tested of one split and of another -> those of the same method; one may not be able to answer both."""
+    known = {(name_of(each.config['method']), each.checkpoint): each for each in some}
+    keys = [(name_of(each.config['method']), each.checkpoint) for each in others]
+    return [(known[key], each) for key, each in zip(keys, others) if key in known]
+
+
 def test(config, val, test):
     """val, test: (Split, its Tested, which of its videos could be read). Prints a line a method and number of shots, and writes
     them into open_set.json in out_dir."""
@@ -68,7 +75,7 @@ def test(config, val, test):
         sys.exit('open_set: validation and test need two classes or more each.')
     for shot in config['test_shots']:
         drawn = [draw(split, way, shot, config['test_queries'], config['seed'], config['test_episodes']) for split, *_ in sides]
-        for pair in zip(*(tested for _, tested, _ in sides)):
+        for pair in pairs(*(tested for _, tested, _ in sides)):
             scores = [best_scores(config, each, split, rows, episodes, way, shot)
                       for each, (split, _, rows), episodes in zip(pair, sides, drawn)]
             (known, _), (test_known, unknown) = [np.split(part, 2, axis=1) for part in scores]

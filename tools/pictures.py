@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from checkpoint import whole  # noqa: E402
 from testing import size_of  # noqa: E402
 
+POINTS = 200  # of a curve, each the mean of as many log lines as it takes
+
 
 def save(figure, path):
     with whole(path, 'wb') as file:
@@ -23,15 +25,21 @@ def readable(names):
     return [name.encode(errors='surrogateescape').decode(errors='replace') for name in names]
 
 
-def curve(log, path):
-    """A log.jsonl -> loss and accuracy on the training episodes over the steps."""
-    with open(log) as file:
-        entries = [json.loads(text) for text in file]
+def curves(logs, path):
+    """{name of a run: its log.jsonl} -> loss and accuracy on the training episodes over the steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    left.plot([e['iter'] for e in entries], [e['loss'] for e in entries])
+    for name, log in zip(readable(logs), logs.values()):
+        with open(log, encoding='utf-8') as file:
+            entries = [json.loads(text) for text in file if text.endswith('\n')]  # the last line may be half written
+        parts = np.array_split(np.arange(len(entries)), min(POINTS, len(entries)) or 1)
+        steps, losses, accuracies = ([np.mean([entries[i][key] for i in part]) for part in parts if len(part)]
+                                     for key in ('iter', 'loss', 'accuracy'))
+        left.plot(steps, losses)
+        right.plot(steps, accuracies, label=name)
     left.set(xlabel='step', ylabel='loss', yscale='log')
-    right.plot([e['iter'] for e in entries], [e['accuracy'] for e in entries])
     right.set(xlabel='step', ylabel='training accuracy, %', ylim=(0, 100))
+    if len(logs) > 1:
+        right.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 

@@ -9,7 +9,6 @@ In reading order: page (collects what is answered, then writes), clip_part, vide
 import base64
 import html
 import os
-import sys
 import urllib.parse
 
 import numpy as np
@@ -66,11 +65,8 @@ def page(config, examples, classes, size, rows, label):
     title = f'{name_of(config["method"])}, {len(examples["classes"])} classes'
     content = (f'<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
                f'{"".join(parts)}<script>{SCRIPT}</script>\n')
-    try:
-        with whole(config['report'], 'wb') as file:
-            file.write(content.encode(errors='replace'))
-    except OSError as error:
-        sys.exit(f'Cannot write {config["report"]}: {error.strerror}.')
+    with whole(config['report'], 'wb') as file:
+        file.write(content.encode(errors='replace'))
 
 
 def clip_part(examples, classes, maker, path, scores, clip, label):
