@@ -56,7 +56,8 @@ def test_the_threshold_comes_from_the_validation_classes(tmp_path, capsys):
         split = split_of(name, 8, 6)
         told = torch.tensor(split.labels + noise * rng.standard_normal(48))[:, None].float()
         blind = torch.tensor(rng.standard_normal(48))[:, None].float()
-        tested = [testing.Tested(config, Nearest(), '', tensors=[x]) for x in (told, blind)]
+        tested = [testing.Tested(config, Nearest(), '', path, tensors=[x])
+                  for path, x in (('told.pt', told), ('blind.pt', blind))]
         sides[name] = split, tested, np.arange(48)
     open_set.test(config, sides['val'], sides['test'])
     told, blind = json.load(open(tmp_path / 'open_set.json'))
