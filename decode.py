@@ -29,6 +29,8 @@ DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more
 # No playlist and no list of other files, whatever the name ends in
 DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,'
                'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
+# A track's name that is not UTF-8 must not end the reading; from version 19 on PyAV sees to that itself
+ANY_NAMES = dict(metadata_errors='ignore') if int(av.__version__.split('.')[0]) < 19 else {}
 Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt')  # a packet without its bytes
 
 av.logging.set_level(av.logging.ERROR)  # of much damage FFmpeg tells in its log alone
@@ -120,7 +122,7 @@ def open_video(path):
     end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError('not a regular file')
-    container = av.open(f'file:{path}', metadata_errors='ignore', options=DEMUXER)
+    container = av.open(f'file:{path}', options=DEMUXER, **ANY_NAMES)
     stream = container.streams.best('video')
     if stream is None:
         raise ValueError('no video stream')

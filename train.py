@@ -121,7 +121,7 @@ def wrapped(config, method):
     step, cuda = Step(method), config['device'] != 'cpu'
     if ranks.rank_of()[1] > 1:
         step = torch.nn.parallel.DistributedDataParallel(
-            step, [config['device']] if cuda else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            step, [config['device']] if cuda else None, gradient_as_bucket_view=True)
     return torch.compile(step) if config['compile'] else step
 
 
