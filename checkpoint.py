@@ -1,6 +1,6 @@
 """A CLIP and a method: built from a configuration, saved, loaded, told from others.
 
-In reading order: load_clip, build, rebuild, freeze; save, load, restore; configure (checkpoints of a command line);
+In reading order: load_clip, build, rebuild; save, load, restore; configure (checkpoints of a command line);
 fingerprint and the lists of options that must match; make_folder, whole, save_json (files that are whole or not there).
 """
 
@@ -33,8 +33,8 @@ def load_clip(config):
 
 
 def build(config, clip, names):
-    """The method that a config names, beside a CLIP that is not in half precision yet; names: the classes it trains on. New
-    parts are initialised from config['seed']. Stops with one sentence where the method refuses (ValueError, OSError)."""
+    """The method that a config names, beside a CLIP; names: the classes it trains on. New parts are initialised from
+    config['seed']. Stops with one sentence where the method refuses (ValueError, OSError)."""
     name, depth = name_of(config['method']), len(clip.visual.transformer.resblocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config['seed'])
@@ -61,12 +61,6 @@ def rebuild(config, clip, checkpoint, path):
     method = build(config | dict(seed=checkpoint['config']['seed']), clip, checkpoint['names'])
     restore(method, clip, checkpoint, path)
     return method.to(config['device']).eval()
-
-
-def freeze(config, clip):
-    """Moves a CLIP to config['device'], its image tower in config['frozen_dtype']: once its methods are built -> the CLIP."""
-    clip.to(config['device']).visual.to(getattr(torch, config['frozen_dtype']))
-    return clip
 
 
 def save(path, method, clip, config, **more):
@@ -162,7 +156,7 @@ def fingerprint(config, clip, method=None):
     """A dict of all that decides what CLIP shows of a video, and what a method makes of it: features kept somewhere serve
     another run if it is equal."""
     files = [os.path.join(ROOT, name) for name in ('model.py', 'decode.py', 'reader.py')]
-    keys = (*LOOK, 'test_sampling', 'dtype', 'frozen_dtype', 'seed')
+    keys = (*LOOK, 'test_sampling', 'dtype', 'seed')
     found = dict({key: config[key] for key in keys}, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size)
     if method is not None:
         digest = hashlib.sha256()

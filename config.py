@@ -75,8 +75,7 @@ TESTING = dict(
 )
 MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does not bring them
     device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu'; 'auto': CUDA where there is one
-    dtype='auto',              # autocast on CUDA: 'float16' (auto), 'bfloat16' or 'float32' (auto on a CPU)
-    frozen_dtype='float32',    # of the frozen weights: 'bfloat16' or 'float16' where the hardware has it
+    dtype='auto',              # of autocast: 'float16' (auto on CUDA), 'bfloat16' or, without it, 'float32' (auto on a CPU)
     compile='auto',            # torch.compile: True, False; 'auto': on CUDA
     deterministic=False,       # bit-equal runs on CUDA, slower
     micro_batch=0,             # episodes that a process computes at a time, adding up gradients; 0: all its share at once
@@ -96,7 +95,7 @@ DEFAULTS = DATA | LOOK | TRAINING | TESTING | MACHINE
 CHOICES = dict(
     test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
     act=(None, 'quick_gelu', 'gelu'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
-    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False), frozen_dtype=('float32', 'bfloat16', 'float16'),
+    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False),
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,

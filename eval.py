@@ -152,7 +152,7 @@ def encode_all(config, found, split):
             method = checkpoint.rebuild(own, clip, saved, path)
             trained = {key: saved['config'][key] for key in ('shot', 'per_class')}
             methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
-        checkpoint.freeze(config, clip)
+        clip.to(config['device'])
         reader = ClipReader(first, clip.visual.image_size)
         try:
             methods, read = testing.encode(first, clip, methods, split, reader)

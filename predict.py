@@ -248,7 +248,7 @@ def main():
         method = checkpoint.build(config, clip, []).to(config['device']).eval()
         if any(p.requires_grad for p in method.parameters()):
             sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
-    checkpoint.freeze(config, clip)
+    clip.to(config['device'])
 
     reader = ClipReader(config, clip.visual.image_size)
     try:

@@ -304,7 +304,7 @@ def run(config):
             checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
             tests.append(unseen)
     method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
-    checkpoint.freeze(config, clip)
+    clip.to(config['device'])
     check_room(config, method)
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
     print(f'{sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6:.2f} M parameters train beside '

@@ -156,7 +156,7 @@ def main():
     model = checkpoint.rebuild(own, clip, saved, path)
     if not isinstance(model, VBA):
         sys.exit(f'{path} is of method={own["method"]}, not of VBA.')
-    checkpoint.freeze(own, clip)
+    clip.to(own['device'])
     probes(own, clip, model, data.load_splits(own))
 
 

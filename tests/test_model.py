@@ -465,18 +465,6 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
     assert all(torch.equal(a, b) for a, b in zip(*results)) and kept[1] < 0.7 * kept[0]
 
 
-@pytest.mark.parametrize('adapter', [True, False])
-def test_tower_in_bfloat16_is_near_and_trains(adapter):
-    """Without autocast too: trained on a GPU, asked on a laptop."""
-    frames = clips(1, B)
-    (exact, visual), (same, half) = shaken(temporal_adapter=adapter), shaken(temporal_adapter=adapter)
-    half.to(torch.bfloat16)
-    assert same.query.dtype == torch.float32 and all(p.dtype == torch.float32 for p in same.parameters())
-    a, b = features(exact, visual, frames), features(same, half, frames)
-    assert a.dtype == b.dtype and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99
-    assert all(g is not None for g in torch.autograd.grad(b.sum(), trainable_parameters(same)))
-
-
 @pytest.mark.cuda
 def test_cuda_compiled_half_precision_is_near_the_cpu():
     frames = clips(2 * B)

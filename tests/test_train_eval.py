@@ -613,7 +613,7 @@ def test_two_processes_fill_one_file(world, trained, tmp_path):
 
 
 @pytest.mark.parametrize('options, rows', [
-    (['--temporal_adapter=True', '--frozen_dtype=bfloat16'], 10), (['--temporal_adapter=False', '--cross_video=inductive'], 8),
+    (['--temporal_adapter=True'], 10), (['--temporal_adapter=False', '--cross_video=inductive'], 8),
     (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 10)])
 def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options, rows):
     """Autocast in bfloat16, on the CPU here, goes through every place that it goes through on CUDA."""
@@ -884,7 +884,7 @@ def encoded(world, *options, shaken=False, saved=None):
     with torch.no_grad():
         for p in model.parameters() if shaken else ():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05 * p.requires_grad)
-    checkpoint.freeze(config, clip)
+    clip.to(config['device'])
     split, reader = data.load_splits(config)['test'], ClipReader(config, 32)
     (tested,), rows = testing.encode(config, clip, [testing.Tested(config, model, clip.weights_hash, saved)], split, reader)
     return config, clip, split, reader, tested, rows

@@ -58,7 +58,7 @@ def main():
     model = checkpoint.rebuild(own, clip, saved, path)
     if not isinstance(model, VBA):
         sys.exit(f'{path} is of method={own["method"]}, not of VBA.')
-    checkpoint.freeze(own, clip)
+    clip.to(own['device'])
     split = data.load_splits(own)['test']
     examples = encoding.subset(split, np.concatenate([members[:max(own['test_shots'])] for members in split.members]))
     try:

@@ -62,22 +62,25 @@ OPTIONS = dict(
     clip='random:ViT-B/32',    # weights, or a geometry with random ones
 )
 NAMES = [str(i) for i in range(64)]  # of the training classes
+CALLS = dict(cpu=1, cuda=10)  # steps in a turn
 SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
 
 
 # ---- taking turns ----------------------------------------------------------------------------------------------------------
 
-def race(contestants, rounds):
-    """{name: function} -> {name: seconds (rounds,)}. One warm-up each, then A, B, ..., A, B, ...; CUDA is waited for."""
+def race(contestants, rounds, calls=1):
+    """{name: function} -> {name: seconds of a call (rounds,)}. One warm-up each, then A, B, ..., A, B, ..., `calls` times each
+    turn; CUDA is waited for at its end: where it need not wait, a call is launched while the last one runs."""
     seconds = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, function in contestants.items():
             wait()
             began = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             wait()
             if i:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began) / calls)
     return {name: np.array(times) for name, times in seconds.items()}
 
 
@@ -313,20 +316,20 @@ def encode(config):
     """Our tower from uint8 pixels, with the tokens that VBA sees; open_clip's tower from ready float images."""
     clip, device = checkpoint.load_clip(config), config['device']
     model = checkpoint.build({**config, 'temporal_adapter': False}, clip, [])
-    visual, half = clip.visual.to(device), copy.deepcopy(clip.visual).to(device, torch.bfloat16)
+    visual = clip.visual.to(device)
     videos, size = -(-config['images'] // config['frames']), visual.image_size
     frames = torch.randint(256, (videos, config['frames'], 3, size, size), dtype=torch.uint8, device=device)
     sees = ('image', *model.sees)
-    contestants = {'ours, fp32': lambda: look(visual, frames, sees)[0].flatten(0, 1)}
+    images, tower, contestants = visual.normalise(frames.flatten(0, 1)), open_clip_tower(visual), {}
     a, b = (torch.randn(shape, device=device).bfloat16() for shape in ((400, 768), (768, 768)))
     rate = 2 * a.numel() * 768 / race(dict(mm=lambda: a @ b), 1)['mm'].min() / 1e9
     print(f'a matrix product in bfloat16: {rate:.0f} GFLOP/s')
-    if rate > 10:  # else this processor only emulates it
-        contestants['ours, bf16 weights'] = lambda: look(half, frames, sees)[0].flatten(0, 1)
-    base, tower = 'ours, fp32', open_clip_tower(visual)
-    if tower:
-        images, base = visual.normalise(frames.flatten(0, 1)), 'open_clip, fp32'
-        contestants = {base: lambda: tower(images), **contestants}
+    for name, half in (('fp32', False), ('bf16', True))[:1 + int(rate > 10)]:  # below it this processor only emulates it
+        cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+        if tower:
+            contestants[f'open_clip, {name}'] = cast(lambda: tower(images))
+        contestants[f'ours, {name}'] = cast(lambda: look(visual, frames, sees)[0].flatten(0, 1))
+    base = next(iter(contestants))
     with FlopCounterMode(display=False) as counter:
         visual(torch.zeros(1, 3, size, size, device=device))
     flops, product = counter.get_total_flops(), machine(device, torch.float32)[0]
@@ -390,7 +393,7 @@ def stepper(config, visual, model, batches):
 
         numbers = training.gradients(config, step, scaler, shown, episode)
         training.update(config, model, optimizer, scaler, next(number))
-        return numbers[0].item()
+        return numbers[0]
     return one
 
 
@@ -428,7 +431,7 @@ def machine(device, dtype):
 
 
 def train(config):
-    """One step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates.
+    """A step, forward to AdamW, with adapters off and on. The floor is the counted work at the measured rates.
 
     Without adapters also as with cache_prefix: from what the frozen tower showed. With the config's training clips: the same
     again and again from the cache of decoded frames, cropped anew, and others each time, decoded anew.
@@ -451,7 +454,7 @@ def train(config):
         for name, (copied, batch) in contestants.items():
             before = torch.cuda.memory_allocated() if cuda else 0  # by those before it
             step = steps[name] = stepper(config, visual, copied(model), itertools.repeat(batch))
-            losses.append(step())
+            losses.append(step().item())
             if cuda:  # with AdamW's moments, which the first step made
                 torch.cuda.reset_peak_memory_stats()
                 step()
@@ -459,7 +462,7 @@ def train(config):
                 peaks[name] = (torch.cuda.max_memory_allocated() - before + own) / 1e9
         if max(losses) - min(losses) > 1e-2 * abs(losses[0]):
             sys.exit(f'The models are not equal: losses {losses} at the first step.')
-        seconds = race(steps, config['rounds'])
+        seconds = race(steps, config['rounds'], CALLS[torch.device(device).type])
         for name, cache_gb in (('ours, from the frame cache', config['cache_gb']), ('ours, decoding', 0.0)) if split else ():
             reader = ClipReader({**config, 'cache_gb': cache_gb}, size)
             jobs = training.jobs_of(config, split, (config['way'], config['shot'], config['queries']), 0)
@@ -469,7 +472,8 @@ def train(config):
             clips = training.on_device(reader.stream(split, jobs, True), device)
             batches = (frames.flatten(0, 1) for frames, _ in clips)
             # alone: in others' turns its workers would read ahead
-            seconds |= race({name: stepper(config, visual, copy.deepcopy(model), batches)}, config['rounds'])
+            loaded = {name: stepper(config, visual, copy.deepcopy(model), batches)}
+            seconds |= race(loaded, config['rounds'], CALLS[torch.device(device).type])
             reader.close()
         rate, bandwidth = machine(device, dtype)
         floor = max(sum(flops) / rate, moved / bandwidth)
@@ -571,7 +575,8 @@ def methods_(config):
             with contextlib.suppress(DynamicOutputShapeException):  # sizes that depend on labels, as in trx, are not counted
                 about[name]['GB'] = step_bytes(visual, method, each) / 1e9
             steps[name] = stepper(each, visual, method, itertools.repeat([x.half() for x in look(visual, frames, method.sees)]))
-    rows = rows_of(race(steps, config['rounds']), 'matrix', videos, 'videos')
+    seconds = race(steps, config['rounds'], CALLS[torch.device(device).type])
+    rows = rows_of(seconds, 'matrix', videos, 'videos')
     show([row | about[row['method']] for row in rows], config['out'], device=device, dtype=config['dtype'], videos=videos,
          clip=config['clip'])
 

@@ -24,8 +24,8 @@ def in_a_sentence(kind, error, trace):
     elif getattr(error, 'errno', None) in NO_FAULTS:
         print(f'Cannot write {error.filename or "what was to be written"}: {error.strerror}.', file=sys.stderr)
     elif kind.__name__ == 'OutOfMemoryError':
-        print(f'{error}\nThe GPU has too little memory: --micro_batch=1, --recompute=True (of VBA) and --frozen_dtype=float16 '
-              'take less of it; `python tools/bench.py memory` counts how much.', file=sys.stderr)
+        print(f'{error}\nThe GPU has too little memory: --micro_batch=1 and --recompute=True (of VBA) take less of '
+              'it; `python tools/bench.py memory` counts how much.', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -33,7 +33,7 @@ def main():
     resolve(config)
     clip = checkpoint.load_clip(config)
     method = checkpoint.rebuild(config, clip, saved, path) if found else None
-    checkpoint.freeze(config, clip)
+    clip.to(config['device'])
     sees = list(dict.fromkeys(['image', *(method.sees if found else ())]))
 
     def make(seen):  # what is kept of some videos
