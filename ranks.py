@@ -18,11 +18,13 @@ def begin(config):
     alone."""
     if 'WORLD_SIZE' not in os.environ:
         return
-    cuda = config['device'] == 'cuda'
-    if cuda:
-        config['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
+    backend = 'gloo'
+    if config['device'] == 'cuda':
+        cards = torch.cuda.device_count()
+        config['device'] = f'cuda:{int(os.environ["LOCAL_RANK"]) % cards}'
         torch.cuda.set_device(config['device'])
-    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
+        if int(os.environ['LOCAL_WORLD_SIZE']) <= cards:  # NCCL takes no two processes on one card
+            backend = 'cpu:gloo,cuda:nccl'
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may have clips to make; torchrun sees who died
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w', errors='surrogateescape')

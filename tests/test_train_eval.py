@@ -596,6 +596,17 @@ def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
     assert rows_of(tmp_path / 'alone') == rows_of(tmp_path)
 
 
+@pytest.mark.cuda
+def test_two_processes_on_one_card(world, tmp_path):
+    """Or on two, where there are: the losses of one process."""
+    options = ['--device=cuda', '--dtype=float32', '--max_iters=3']
+    run(train, world, *options, f'--out_dir={tmp_path / "one"}')
+    result = torchrun(world, 'train.py', *options, f'--out_dir={tmp_path / "two"}')
+    assert result.returncode == 0, result.stderr
+    for (*_, loss, _), (*_, expected, _) in zip(losses(tmp_path / 'two'), losses(tmp_path / 'one'), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-2)
+
+
 def test_two_processes_fill_one_file(world, trained, tmp_path):
     """Each its block of it, to the same bits as one process, which then has nothing left to encode."""
     options = [f'--ckpt={trained[0] / "best.pt"}', '--test_split=train', f'--features_dir={tmp_path}']

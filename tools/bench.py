@@ -324,7 +324,9 @@ def encode(config):
     a, b = (torch.randn(shape, device=device).bfloat16() for shape in ((400, 768), (768, 768)))
     rate = 2 * a.numel() * 768 / race(dict(mm=lambda: a @ b), 1)['mm'].min() / 1e9
     print(f'a matrix product in bfloat16: {rate:.0f} GFLOP/s')
-    for name, half in (('fp32', False), ('bf16', True))[:1 + int(rate > 10)]:  # below it this processor only emulates it
+    for name, half in dict(fp32=False, bf16=True).items():
+        if half and rate < 10:
+            continue  # this processor only emulates it
         cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
         if tower:
             contestants[f'open_clip, {name}'] = cast(lambda: tower(images))
