@@ -2,10 +2,10 @@
 
     python tools/gpu.py --out=runs/gpu
 
-The tests that need CUDA, a training step of every method, encoding, a test of thousands of episodes, and the demo, trained and
-tested. Nothing is fetched: weights are random, or the demo's own, and clips are made on the spot. Without a GPU it runs all of
-it in small, which shows that it runs and says nothing of speed. A part that outlasts its share of the time is ended and named,
-and each is written down as soon as it is over.
+The tests that need CUDA, a training step of every method, encoding, a test of thousands of episodes, the demo, trained and
+tested, and a step from its clips. Nothing is fetched: weights are random, or the demo's own, and clips are made on the spot.
+Without a GPU it runs all of it in small, which shows that it runs and says nothing of speed. A part that outlasts its share of
+the time is ended and named, and each is written down as soon as it is over.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from checkpoint import whole  # noqa: E402
 
-BENCH = os.path.join('tools', 'bench.py')
+BENCH, DEMO = os.path.join('tools', 'bench.py'), os.path.join('sample_configs', 'moving_shapes.py')
 SMALL = ['--clip=demo/tiny_clip.pt', '--frames=2', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1', '--rounds=1',
          '--device=cpu']
 
@@ -40,8 +40,9 @@ def parts_for_cuda(out):
     return found + [
         ('Encoding', 25, [BENCH, 'encode', '--images=512']),
         ('10,000 test episodes', 40, [BENCH, 'eval', '--episodes=10000', '--videos=2000', '--rounds=1']),
-        ('The demo', 150, ['train.py', os.path.join('sample_configs', 'moving_shapes.py'), f'--out_dir={out}/demo',
-                           '--overwrite=True']),
+        ('The demo', 120, ['train.py', DEMO, f'--out_dir={out}/demo', '--overwrite=True']),
+        ('VBA, a training step from the loader: the clips of the demo, enlarged', 30, [
+            BENCH, 'train', DEMO, '--clip=random:ViT-B/32', '--resize=256', '--meta_batch=3', '--compile=False']),
     ]
 
 
