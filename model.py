@@ -457,8 +457,7 @@ class VBA(nn.Module):
         self.adapters = nn.ModuleList(TemporalAdapter(dim) for _ in range(levels if config['temporal_adapter'] else 0))
         self.levels = nn.ModuleList(Level(dim, config) for _ in range(levels))
         start_small(self.levels)
-        # copies, frozen: gradients pass through them to the adapters, while the tower may be in half precision
-        self.blocks = copy.deepcopy(blocks).float().requires_grad_(False) if self.adapters else []
+        self.blocks = blocks if self.adapters else []  # frozen: gradients pass through them to the adapters
 
     def kept(self, seen):
         """What CLIP shows -> A, a list of S tensors (V, T, L, D): the outputs of the last S blocks."""

@@ -97,7 +97,7 @@ class Method(nn.Module):
         visual, frames = clip.visual, config['frames']
         blocks, dim = last_blocks(visual, config['levels']), visual.proj.shape[0]
         self.sees, self.auxiliary = (len(visual.transformer.resblocks) - len(blocks),), config['auxiliary']
-        self.blocks = copy.deepcopy(blocks).float().requires_grad_(False)
+        self.blocks = blocks
         self.place = nn.Parameter(torch.zeros(frames, 1, dim))  # of a frame in time
         self.adapters = nn.ModuleList(Adapter(dim, frames, visual.grid, config['offsets']) for _ in blocks)
         self.ln_post = copy.deepcopy(visual.ln_post).float().requires_grad_()

@@ -4,7 +4,6 @@ The ancestor of VBA's aggregator, for a closed set of classes. Each level reads 
 add what time tells: T-Conv, T-PE and T-CA, each an option. The class token stays among the tokens.
 """
 
-import copy
 import math
 
 import torch
@@ -38,8 +37,7 @@ class TemporalCrossAttention(nn.Module):
 
     def __init__(self, block, grid):
         super().__init__()
-        # copies, frozen, as the tower may be in half precision
-        self.ln, self.attn = copy.deepcopy(nn.ModuleList([block.ln_1, block.attn])).float().requires_grad_(False)
+        self.ln, self.attn = block.ln_1, block.attn
         self.register_buffer('offsets', offsets(grid), persistent=False)
         tables = torch.zeros(2, (2 * grid - 1) ** 2, self.attn.out_proj.in_features)  # for the frame before, and after
         self.tables = nn.Parameter(tables)

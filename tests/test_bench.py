@@ -73,7 +73,7 @@ def test_memory(table):
 def test_step_bytes_of_a_few_small_videos_by_hand(monkeypatch):
     """Little more than weights, gradients, AdamW's two moments and two batches of frames. Norms are in float32, as on CUDA."""
     config, clip, model = built('--frames=1', '--way=2', '--shot=1', '--queries=1', '--meta_batch=1')
-    norms, norm, parameters = set(), F.layer_norm, [*clip.visual.parameters(), *model.parameters()]
+    norms, norm, parameters = set(), F.layer_norm, {*clip.visual.parameters(), *model.parameters()}
     monkeypatch.setattr(F, 'layer_norm', lambda x, *args: norms.add(x.dtype) or norm(x, *args))
     by_hand = 2 * (4 * 3 * 64 * 64) + sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters)
     assert by_hand < bench.step_bytes(clip.visual, model, config) < 1.2 * by_hand and norms == {torch.float32}

@@ -1,6 +1,5 @@
 """EVL and the linear probe: numbers of parameters, slow references, what must not matter and what must not be changed."""
 
-import copy
 import math
 
 import pytest
@@ -313,14 +312,3 @@ def test_each_dropout_acts_in_training_at_half():
         kept = method.eval().video(*seen)
         assert torch.equal(kept[0], method.video(*seen)[0])
         assert torch.equal(method.train().scores(kept, closed()), method.scores(kept, closed())) != in_head
-
-
-def test_a_clip_in_half_precision_serves_as_well():
-    """The frozen q and k of T-CA stay as they were, and a checkpoint does not hold them."""
-    clip, method = built('evl')
-    seen = shown(clip, method)
-    expected, = method.video(*seen)
-    halved = copy.deepcopy(clip)
-    method = rebuilt(method, halved)
-    halved.visual.to(torch.bfloat16)
-    assert torch.equal(method.video(*seen)[0], expected)

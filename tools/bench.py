@@ -522,7 +522,7 @@ def step_bytes(visual, model, config):
     """The peak of a step on a GPU in half precision, counted on tensors without content: weights, gradients, AdamW's moments,
     two batches of frames, and all that forward and backward make. Not counted: CUDA's libraries, the allocator's gaps."""
     size, videos = visual.image_size, config['way'] * (config['shot'] + config['queries'])
-    visual, step, norm = copy.deepcopy(visual), Step(copy.deepcopy(model)), F.layer_norm
+    (visual, step), norm = copy.deepcopy((visual, Step(model))), F.layer_norm  # together: they may share blocks
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, \
             mock.patch('torch.nn.functional.layer_norm', lambda x, *args: norm(x.float(), *args)), \
             mock.patch.dict('model.CHUNK', cpu=CHUNK['cuda']):  # and a GPU's autocast norms in float32
