@@ -502,17 +502,18 @@ class VBA(nn.Module):
             q = level.cross_video(q, mask)
         return q
 
-    def log_scores(self, kept, episode):
-        """(3.6), (3.7): log softmax(Temp * cosine) over the supports, (E, M, S) float32."""
+    def similarities(self, kept, episode):
+        """(3.6): Temp * cosine, (E, M, S) float32."""
         support, query = episode.split(self.features(kept, episode))
-        return (self.temp * cosine(query, support)).log_softmax(-1)
+        return self.temp * cosine(query, support)
 
     def scores(self, kept, episode):
-        """The logarithm of (3.10), a class's mean score; argmax is (3.11), cross-entropy -log(K * avg_score(true class))."""
-        return class_scores(self.log_scores(kept, episode), episode)
+        """The logarithm of (3.10), a class's mean score, but for what (3.7) divides the scores of all classes by: so that it
+        does not depend on the others. argmax is (3.11), cross-entropy -log(K * avg_score(true class))."""
+        return class_scores(self.similarities(kept, episode), episode)
 
     def loss(self, kept, episode):
-        log_score = self.log_scores(kept, episode)
+        log_score = self.similarities(kept, episode).log_softmax(-1)  # (3.7)
         scores = class_scores(log_score, episode)
         return pairwise_loss(log_score, episode) if self.pairwise else cross_entropy(scores, episode.answers), scores
 

@@ -23,8 +23,9 @@ class Method(nn.Module):
         return (F.normalize(self.layer(image).float().mean(1), dim=-1),)
 
     def scores(self, kept, episode):
-        """The logarithm of a class's probability: softmax over all supports (3.7), summed over those of the class."""
+        """Of a class's probability: softmax over all supports (3.7), summed over those of the class, the logarithm but for what
+        all classes are divided by."""
         support, query = episode.split(episode.take(kept[0]))
-        log_share = (self.temp * cosine(query, support)).log_softmax(-1)  # (E, M, S)
+        similarity = self.temp * cosine(query, support)  # (E, M, S)
         shots = F.one_hot(episode.labels, episode.classes.shape[1]).sum(0)  # (N,)
-        return class_scores(log_share, episode) + shots.log()  # (E, M, N): the sum, not the mean, over a class's supports
+        return class_scores(similarity, episode) + shots.log()  # (E, M, N): the sum, not the mean, over a class's supports

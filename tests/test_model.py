@@ -269,7 +269,22 @@ def test_episode_helpers_by_hand():
 
 def predictions(model, visual, frames, **options):
     kept = model.video(*look(visual, frames.flatten(0, 1), model.sees))
-    return model.scores(kept, episode(len(frames), **options)).exp()
+    return model.scores(kept, episode(len(frames), **options)).softmax(-1) / SHOT  # (3.10)
+
+
+@torch.no_grad()
+def test_a_class_scores_the_same_whichever_others_there_are():
+    """Where no video sees another: so a threshold on the score means the same in every episode."""
+    model, visual = shaken(cross_video=False)
+    kept = model.video(*look(visual, clips(B), model.sees))
+
+    def scores(ways):
+        supports = torch.arange(S).view(WAY, SHOT)[ways].flatten()
+        index = torch.cat([supports, torch.arange(S, B)])[None]
+        labels = torch.arange(len(ways)).repeat_interleave(SHOT)
+        return model.scores(kept, Episode(labels, torch.tensor([ways]), ['a', 'b', 'c'], False, index=index))
+
+    torch.testing.assert_close(scores([2, 0]), scores([0, 1, 2])[..., [2, 0]])
 
 
 @pytest.mark.parametrize('cross_video', ['joint', 'inductive', False])

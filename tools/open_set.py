@@ -5,8 +5,8 @@ the raw score of its best class, before any softmax, reaches a threshold: the on
 validation classes fall below. That is what `predict.py --unknown=<threshold>` takes.
 
 The raw score, not its lead over the second class, nor the softmax: these depend on which and how many the other classes are,
-and so a threshold found on 5 ways would mean something else on 3 or 20. The scores of vba, of vba_frames with a fixed matrix,
-of matching and of ts_fsar are logarithms of shares among the supports: theirs holds for as many ways and shots alone.
+and so a threshold found on 5 ways would mean something else on 3 or 20. Where an episode's videos see each other, or its scores
+are shares among its classes (clip_fsar, ts_fsar, vba_frames with a fixed matrix), it holds for as many ways and shots alone.
 
 In reading order: draw, best_scores (queries and their scores), auroc, test.
 """
