@@ -29,6 +29,7 @@ DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more
 # No playlist and no list of other files, whatever the name ends in
 DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,'
                'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
+MPEG = 'mpeg1video', 'mpeg2video'
 Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt')  # a packet without its bytes
 
 av.logging.set_level(av.logging.ERROR)  # of much damage FFmpeg tells in its log alone
@@ -136,7 +137,9 @@ class Source:
         self.open()
         for packet in self.demux(notes):
             self.headers.append(Header(*(getattr(packet, name) for name in Header._fields)))
-            self.hidden |= self.codec.name == 'vp9' and is_hidden(memoryview(packet))
+            self.hidden |= is_hidden(memoryview(packet), self.codec.name)
+            if self.codec.name in MPEG and bytes(memoryview(packet)[:4]) != b'\0\0\1\xb3':  # no quantizers of its own
+                self.headers[-1] = self.headers[-1]._replace(is_keyframe=False)
             self.kept.append(packet)
             size += packet.size
             if size > KEPT_BYTES:
@@ -229,15 +232,18 @@ def missing_seconds(source):
     return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
-def is_hidden(packet):
-    """Whether the bytes of a VP9 packet are one frame that is not shown, split off from the superframe of the next one."""
-    return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
+def is_hidden(packet, codec):
+    """Whether the bytes of a packet are a frame that is not shown; in VP9 one split off from the superframe of the next."""
+    if codec == 'vp9':
+        return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
+    return codec == 'vp8' and packet[0] & 0b10000 == 0
 
 
 def pts_tell(source):
     """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
     codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
-    return (codec.name in ('h264', 'hevc', 'vp9', 'libdav1d') and not source.hidden  # flush_buffers() makes these as new
+    return (codec.name in ('h264', 'hevc', 'vp8', 'vp9', 'libdav1d', *MPEG)  # flush_buffers() makes these as new
+            and not source.hidden
             and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
             and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
@@ -257,8 +263,9 @@ def decode_some(source, wanted, convert):
     keys = [(header.pts, i) for i, header in enumerate(source.headers) if header.is_keyframe]
     last = {max(i for key, i in keys if key <= time): place[time] for time in [pts[0], *wanted]}  # of a group: to decode
     targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
-    # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
-    skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
+    # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one, if there is any
+    one_layer = codec.name == 'hevc' and codec.extradata[:1] == b'\1' and codec.extradata[21] >> 3 & 7 == 1
+    skip = 'NONREF' if one_layer or codec.name in ('h264', *MPEG) else 'DEFAULT'
 
     def take(frames):
         nonlocal latest
