@@ -15,6 +15,7 @@ import re
 import stat
 from collections import namedtuple
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -29,8 +30,8 @@ DECODER = dict(max_pixels='64000000')  # of a frame; a header that promises more
 # No playlist and no list of other files, whatever the name ends in
 DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,'
                'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
-MPEG = 'mpeg1video', 'mpeg2video'
-Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt')  # a packet without its bytes
+MPEG, SEQUENCE = ('mpeg1video', 'mpeg2video'), b'\0\0\1\xb3'  # what begins a packet with a size and quantizers of its own
+Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt ends')  # of a packet
 
 av.logging.set_level(av.logging.ERROR)  # of much damage FFmpeg tells in its log alone
 av.logging.set_skip_repeated(False)  # the same in two files
@@ -95,7 +96,7 @@ def read_frames(path, pick, short_side, notes=None):
             if os.path.isdir(path):
                 names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGES)), key=number_in)
                 indices = list(pick(len(names))) if names else []
-                pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
+                pictures = {i: decode_image(Path(path, names[i]).read_bytes(), short_side) for i in set(indices)}
             else:
                 pictures, indices = decode(Source(path, notes), pick, short_side, notes, log)
             if not pictures:
@@ -133,18 +134,18 @@ class Source:
     """A video file. `headers`: of all its packets, for their number is to be trusted and the file's own header is not."""
 
     def __init__(self, path, notes):
-        self.path, self.headers, self.kept, self.hidden, size = path, [], [], False, 0
+        self.path, self.headers, self.kept, size = path, [], [], 0
         self.open()
         for packet in self.demux(notes):
-            self.headers.append(Header(*(getattr(packet, name) for name in Header._fields)))
-            self.hidden |= is_hidden(memoryview(packet), self.codec.name)
-            if self.codec.name in MPEG and bytes(memoryview(packet)[:4]) != b'\0\0\1\xb3':  # no quantizers of its own
-                self.headers[-1] = self.headers[-1]._replace(is_keyframe=False)
+            known, content = [getattr(packet, name) for name in Header._fields[:-1]], memoryview(packet)
+            self.headers.append(Header(*known, bytes(content[:8]) + bytes(content[-1:])))
             self.kept.append(packet)
             size += packet.size
             if size > KEPT_BYTES:
                 self.kept.clear()
         self.is_new = size <= KEPT_BYTES
+        if not self.headers:
+            raise ValueError('no frame could be decoded')
 
     def open(self):
         self.container, self.stream = open_video(self.path)
@@ -193,22 +194,20 @@ class Converter:
 
 def decode(source, pick, short_side, notes, log):
     """A Source -> {index: picture}, indices. log: FFmpeg's, as it grows."""
-    convert, missing = Converter(short_side), missing_seconds(source)
+    convert, missing, hides = Converter(short_side), missing_seconds(source), may_hide(source)
     if missing and not notes:
         notes.append(f'cut short: {missing:.1f} s less than its header says')
     sizes = [header.size for header in source.headers if not header.is_discard]
-    # XviD has packets of one byte that hold no frame, and of a few that may hold none; that no others do, the count makes sure
-    xvid = source.codec.name == 'mpeg4'
-    empty = sizes.count(1) if xvid else 0
-    indices = list(pick(len(sizes) - empty)) if len(sizes) > empty else []
-    if pts_tell(source):
+    empty = sizes.count(1) if source.codec.name == 'mpeg4' else 0  # XviD's hold no frame; the count makes sure that others do
+    count = len(sizes) - empty
+    indices = list(pick(count)) if count else []
+    if pts_tell(source) and not hides:
         pts, logged = sorted(header.pts for header in source.headers), len(log)
         pictures = decode_some(source, [pts[i] for i in dict.fromkeys(indices)], convert)
         if pictures is not None and len(log) == logged:
             return {i: pictures[pts[i]] for i in indices}, indices
         del log[logged:]  # what is wrong with the file will be said again
-    to_end = source.hidden or xvid and min(sizes, default=0) < 10
-    pictures, count, fed = decode_in_order(source, indices, convert, to_end)
+    pictures, count, fed = decode_in_order(source, indices, convert, to_end=hides)
     if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
         count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []
@@ -218,7 +217,7 @@ def decode(source, pick, short_side, notes, log):
 
 def missing_seconds(source):
     """How much shorter the packets are than the header promises, 0 if not clearly so."""
-    container, stream, last = source.container, source.stream, source.headers[-1:]
+    container, stream = source.container, source.stream
     times = [header.dts if header.pts is None else header.pts for header in source.headers]
     times = [time for time in times if time is not None] or [0]
     begin, promised = 0, 0
@@ -228,27 +227,38 @@ def missing_seconds(source):
         begin, promised = min(times), stream.duration
     elif container.duration and len(container.streams) == 1:
         promised = container.duration / av.time_base / stream.time_base
-    missing = promised - (max(times) - begin + sum(header.duration or 0 for header in last))
+    missing = promised - (max(times) - begin + (source.headers[-1].duration or 0))
     return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
-def is_hidden(packet, codec):
-    """Whether the bytes of a packet are a frame that is not shown; in VP9 one split off from the superframe of the next."""
-    if codec == 'vp9':
-        return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
-    return codec == 'vp8' and packet[0] & 0b10000 == 0
+def may_hide(source):
+    """Whether there may be packets that no frame comes out of, beside XviD's empty ones."""
+    codec, headers, ends = source.codec.name, source.headers, [header.ends for header in source.headers]
+    if codec == 'mpeg4':
+        return any(header.size < 10 for header in headers)
+    if codec == 'vp8':  # a frame that is not shown
+        return any(end[0] & 0b10000 == 0 for end in ends)
+    if codec == 'vp9':  # the same, split off from the superframe of the next one
+        return any(end[0] & 0b1010 == 0 and end[-1] >> 5 != 0b110 for end in ends)
+    sizes = {end[4:7] for end in ends if codec in MPEG and end[:4] == SEQUENCE}
+    return len(sizes) > 1  # where the size changes a frame is lost
+
+
+def entries(source):
+    """Numbers of the packets that decoding can begin with: keyframes, in MPEG-1 and 2 those with quantizers of their own."""
+    return [i for i, header in enumerate(source.headers)
+            if header.is_keyframe and (source.codec.name not in MPEG or header.ends[:4] == SEQUENCE)]
 
 
 def pts_tell(source):
     """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
     codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
     return (codec.name in ('h264', 'hevc', 'vp8', 'vp9', 'libdav1d', *MPEG)  # flush_buffers() makes these as new
-            and not source.hidden
             and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
             and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
             and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
-            and headers[0].is_keyframe and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
+            and entries(source)[:1] == [0] and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
             and not (codec.has_b_frames and pts == sorted(pts)))  # made up, in the order of decoding
 
 
@@ -260,16 +270,17 @@ def decode_some(source, wanted, convert):
     codec, packets = source.start()
     pts = [header.pts for header in source.headers]
     place = {time: i for i, time in enumerate(pts)}
-    keys = [(header.pts, i) for i, header in enumerate(source.headers) if header.is_keyframe]
-    last = {max(i for key, i in keys if key <= time): place[time] for time in [pts[0], *wanted]}  # of a group: to decode
+    keys, times = entries(source), sorted([pts[0], *wanted], key=place.get)
+    last = {max(i for i in keys if pts[i] <= time): place[time] for time in times}  # packet of a group that is to be decoded
     targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one, if there is any
-    one_layer = codec.name == 'hevc' and codec.extradata[:1] == b'\1' and codec.extradata[21] >> 3 & 7 == 1
+    record = codec.extradata or b''
+    one_layer = codec.name == 'hevc' and record[:1] == b'\1' and record[21] >> 3 & 7 == 1
     skip = 'NONREF' if one_layer or codec.name in ('h264', *MPEG) else 'DEFAULT'
 
-    def take(frames):
+    def feed(packet):
         nonlocal latest
-        for frame in frames:
+        for frame in codec.decode(packet):
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 raise ValueError('frames are damaged or out of order')
             convert.see(frame)
@@ -281,13 +292,13 @@ def decode_some(source, wanted, convert):
         for i, packet in enumerate(packets):
             if i in last:
                 if i > end + 1:  # on to a later group of pictures
-                    take(codec.decode(None))
+                    feed(None)
                     codec.flush_buffers()
                 end = max(end, last[i])
             if i <= end:
                 codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
-                take(codec.decode(packet))
-        take(codec.decode(None))
+                feed(packet)
+        feed(None)
     except (av.FFmpegError, ValueError):
         return None
     return pictures if len(pictures) == len(targets) else None
@@ -310,12 +321,6 @@ def decode_in_order(source, wanted, convert, to_end=False):
         except av.FFmpegError:
             pass  # a damaged packet
     return pictures, count, fed
-
-
-def read_image(path, short_side):
-    """One image file -> uint8 (h, w, 3)."""
-    with open(path, 'rb') as file:
-        return decode_image(file.read(), short_side)
 
 
 def decode_image(data, short_side):
