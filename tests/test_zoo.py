@@ -118,16 +118,22 @@ def sizes(folder, codec, ext):
 
 
 def borrowed_quantizers(folder):
-    """MPEG-2 of two encoders in turn; the second one's say only once, at its first keyframe, how they quantize."""
-    plain, other = (made(folder, f'{name}.mkv', codec='mpeg2video', frames=24, options=dict(g='6', bf='2', **options))
-                    for name, options in (('plain', {}), ('other', dict(intra_matrix=','.join(map(str, range(8, 72)))))))
-    path = copy(f'{folder}/both.mkv', [plain, other], later(lambda i: i // 24 * 0.96))
-    content = bytearray(open(path, 'rb').read())
-    for keyframe in [packet for packet in bytes_of(other) if packet.startswith(decode.SEQUENCE)][1:]:
-        at = content.index(keyframe)
-        content[at + 3] = 0xb2  # now it is the user's data
-    (folder / 'both.mkv').write_bytes(content)
-    return path
+    """MPEG-2 that says once, at its fourth keyframe, how it quantizes from there on; the later ones have no header."""
+    source = made(folder, 'm.mkv', codec='mpeg2video', frames=60, options=dict(g='6', bf='2'))
+    with av.open(source) as file, av.open(f'{folder}/borrowed.mkv', 'w') as out:
+        stream, keyframes = out.add_stream_from_template(file.streams.video[0]), 0
+        for packet in file.demux(video=0):
+            content, keyframes = bytes(packet), keyframes + packet.is_keyframe
+            if packet.is_keyframe and keyframes == 4:
+                content = content[:11] + bytes([content[11] | 1]) + bytes(range(20, 84)) + content[12:]
+            elif packet.is_keyframe and keyframes > 4:
+                content = content[content.index(b'\0\0\1\xb8'):]
+            changed = av.Packet(content)
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.is_keyframe, changed.stream = packet.is_keyframe, stream
+            if content:
+                out.mux(changed)
+    return f'{folder}/borrowed.mkv'
 
 
 def hidden_frame(folder):
