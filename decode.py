@@ -255,7 +255,7 @@ def pts_tell(source):
     codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
     return (codec.name in ('h264', 'hevc', 'vp8', 'vp9', 'libdav1d', *MPEG)  # flush_buffers() makes these as new
             and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
-            and None not in pts and 0 < len(set(pts)) == len(pts)
+            and None not in pts and len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
             and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
             and entries(source)[:1] == [0] and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded

@@ -183,7 +183,7 @@ def with_pyav(path):
         stream = container.streams.video[0]
         stream.thread_count = 1
         count = sum(packet.size > 0 for packet in container.demux(stream))
-        wanted = sample_indices(count, FRAMES)
+        wanted = set(sample_indices(count, FRAMES).tolist())
         container.seek(0)
         frames = [frame for i, frame in enumerate(container.decode(stream)) if i in wanted]
         return smaller(np.stack([frame.to_ndarray(format='rgb24', threads=1) for frame in frames]))
@@ -258,7 +258,7 @@ def work(task):
 
 
 def decode(config):
-    """Two processes (--workers=) read the same clip at once, as a loader's workers do; PyAV's threads are its defaults."""
+    """Two processes (--workers=) read the same clip at once, as a loader's workers do, each with one thread."""
     paths = make_clips()
     if config['folder']:
         folder = config['folder']
