@@ -137,8 +137,8 @@ class Source:
         self.path, self.headers, self.kept, size = path, [], [], 0
         self.open()
         for packet in self.demux(notes):
-            known, content = [getattr(packet, name) for name in Header._fields[:-1]], memoryview(packet)
-            self.headers.append(Header(*known, bytes(content[:8]) + bytes(content[-1:])))
+            known, content = [getattr(packet, name) for name in Header._fields[:-1]], bytes(packet)
+            self.headers.append(Header(*known, content[:8] + content[-1:]))
             self.kept.append(packet)
             size += packet.size
             if size > KEPT_BYTES:
