@@ -278,7 +278,7 @@ def decode(config):
             spent = {name: [] for name in READERS if not failed[name]}
             race({name: lambda name=name, path=path, spent=spent: spent[name].append(
                 np.mean(pool.map(work, [(name, path)] * 2 * workers, 1))) for name in spent}, config['rounds'])
-            seconds = {name: np.array(rounds[1:]) for name, rounds in spent.items()}  # of a core: the same if others compute too
+            seconds = {name: np.array(rounds[1:]) for name, rounds in spent.items()}  # of all cores
             for row in rows_of(seconds, 'PyAV', 1, 'clips', clip=os.path.basename(path)):
                 if row['method'] != 'ours, kept frames':  # training frames: others
                     row['right frames'] = f'{pool.apply(right_frames, (row["method"], path))} of {FRAMES}'
