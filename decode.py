@@ -143,9 +143,7 @@ class Source:
             size += packet.size
             if size > KEPT_BYTES:
                 self.kept.clear()
-        self.is_new = size <= KEPT_BYTES
-        if not self.headers:
-            raise ValueError('no frame could be decoded')
+        self.is_new, self.pts = size <= KEPT_BYTES, [header.pts for header in self.headers]
 
     def open(self):
         self.container, self.stream = open_video(self.path)
@@ -199,10 +197,9 @@ def decode(source, pick, short_side, notes, log):
         notes.append(f'cut short: {missing:.1f} s less than its header says')
     sizes = [header.size for header in source.headers if not header.is_discard]
     empty = sizes.count(1) if source.codec.name == 'mpeg4' else 0  # XviD's hold no frame; the count makes sure that others do
-    count = len(sizes) - empty
-    indices = list(pick(count)) if count else []
+    indices = list(pick(len(sizes) - empty)) if len(sizes) > empty else []
     if pts_tell(source) and not hides:
-        pts, logged = sorted(header.pts for header in source.headers), len(log)
+        pts, logged = sorted(source.pts), len(log)
         pictures = decode_some(source, [pts[i] for i in dict.fromkeys(indices)], convert)
         if pictures is not None and len(log) == logged:
             return {i: pictures[pts[i]] for i in indices}, indices
@@ -217,7 +214,7 @@ def decode(source, pick, short_side, notes, log):
 
 def missing_seconds(source):
     """How much shorter the packets are than the header promises, 0 if not clearly so."""
-    container, stream = source.container, source.stream
+    container, stream, last = source.container, source.stream, source.headers[-1:]
     times = [header.dts if header.pts is None else header.pts for header in source.headers]
     times = [time for time in times if time is not None] or [0]
     begin, promised = 0, 0
@@ -227,7 +224,7 @@ def missing_seconds(source):
         begin, promised = min(times), stream.duration
     elif container.duration and len(container.streams) == 1:
         promised = container.duration / av.time_base / stream.time_base
-    missing = promised - (max(times) - begin + (source.headers[-1].duration or 0))
+    missing = promised - (max(times) - begin + sum(header.duration or 0 for header in last))
     return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
@@ -252,10 +249,10 @@ def entries(source):
 
 def pts_tell(source):
     """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
-    codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
+    codec, headers, pts = source.codec, source.headers, source.pts
     return (codec.name in ('h264', 'hevc', 'vp8', 'vp9', 'libdav1d', *MPEG)  # flush_buffers() makes these as new
             and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
-            and None not in pts and len(set(pts)) == len(pts)
+            and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
             and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
             and entries(source)[:1] == [0] and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
@@ -267,10 +264,9 @@ def decode_some(source, wanted, convert):
 
     Decodes the first frame, no group of pictures without a wanted one, and no frame that is neither wanted nor referred to.
     """
-    codec, packets = source.start()
-    pts = [header.pts for header in source.headers]
+    (codec, packets), keys, pts = source.start(), entries(source), source.pts
     place = {time: i for i, time in enumerate(pts)}
-    keys, times = entries(source), sorted([pts[0], *wanted], key=place.get)
+    times = sorted([pts[0], *wanted], key=place.get)
     last = {max(i for i in keys if pts[i] <= time): place[time] for time in times}  # packet of a group that is to be decoded
     targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one, if there is any

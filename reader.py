@@ -17,10 +17,9 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from multiprocessing import connection, forkserver
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -222,6 +221,10 @@ def crc(video):
     return zlib.crc32(os.fsencode(video.path))
 
 
+# A video's clip that is wanted for a place of a job. seed: as ClipMaker.clip has it; 'check': not a clip but a verdict
+Task = namedtuple('Task', 'job place video seed')
+
+
 class ClipReader:
     """Reads clips in `workers` processes (0: in this one) and hands them over in order.
 
@@ -230,8 +233,7 @@ class ClipReader:
     """
 
     def __init__(self, config, image_size):
-        self.config = config
-        self.shape = (config['frames'], 3, image_size, image_size)
+        self.config, self.shape = config, (config['frames'], 3, image_size, image_size)
         self.bad = {}  # Video -> why it cannot be read
         self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
         count = worker_count(config)
@@ -329,14 +331,6 @@ class ClipReader:
         """Ends the workers."""
         for worker in self.workers:
             worker.stop()
-
-
-class Task(NamedTuple):
-    """A video's clip that is wanted for a place of a job. seed: as ClipMaker.clip has it; 'check': not a clip but a verdict."""
-    job: object
-    place: int
-    video: Video
-    seed: object
 
 
 class Job:
