@@ -15,6 +15,7 @@ import re
 import stat
 from collections import namedtuple
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -31,7 +32,8 @@ DEMUXER = dict(DECODER, protocol_whitelist='file', format_whitelist='mov,matrosk
                'ivf,asf,flv,ogg,gif,mjpeg,dv,rm,nut,mxf')
 # A track's name that is not UTF-8 must not end the reading; from version 19 on PyAV sees to that itself
 ANY_NAMES = dict(metadata_errors='ignore') if int(av.__version__.split('.')[0]) < 19 else {}
-Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt')  # a packet without its bytes
+MPEG, SEQUENCE = ('mpeg1video', 'mpeg2video'), b'\0\0\1\xb3'  # what begins a packet with a size and quantizers of its own
+Header = namedtuple('Header', 'pts dts duration size is_keyframe is_discard is_corrupt ends')  # of a packet
 
 av.logging.set_level(av.logging.ERROR)  # of much damage FFmpeg tells in its log alone
 av.logging.set_skip_repeated(False)  # the same in two files
@@ -96,7 +98,7 @@ def read_frames(path, pick, short_side, notes=None):
             if os.path.isdir(path):
                 names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGES)), key=number_in)
                 indices = list(pick(len(names))) if names else []
-                pictures = {i: read_image(os.path.join(path, names[i]), short_side) for i in set(indices)}
+                pictures = {i: decode_image(Path(path, names[i]).read_bytes(), short_side) for i in set(indices)}
             else:
                 pictures, indices = decode(Source(path, notes), pick, short_side, notes, log)
             if not pictures:
@@ -134,16 +136,16 @@ class Source:
     """A video file. `headers`: of all its packets, for their number is to be trusted and the file's own header is not."""
 
     def __init__(self, path, notes):
-        self.path, self.headers, self.kept, self.hidden, size = path, [], [], False, 0
+        self.path, self.headers, self.kept, size = path, [], [], 0
         self.open()
         for packet in self.demux(notes):
-            self.headers.append(Header(*(getattr(packet, name) for name in Header._fields)))
-            self.hidden |= self.codec.name == 'vp9' and is_hidden(memoryview(packet))
+            known, content = [getattr(packet, name) for name in Header._fields[:-1]], bytes(packet)
+            self.headers.append(Header(*known, content[:8] + content[-1:]))
             self.kept.append(packet)
             size += packet.size
             if size > KEPT_BYTES:
                 self.kept.clear()
-        self.is_new = size <= KEPT_BYTES
+        self.is_new, self.pts = size <= KEPT_BYTES, [header.pts for header in self.headers]
 
     def open(self):
         self.container, self.stream = open_video(self.path)
@@ -192,22 +194,19 @@ class Converter:
 
 def decode(source, pick, short_side, notes, log):
     """A Source -> {index: picture}, indices. log: FFmpeg's, as it grows."""
-    convert, missing = Converter(short_side), missing_seconds(source)
+    convert, missing, hides = Converter(short_side), missing_seconds(source), may_hide(source)
     if missing and not notes:
         notes.append(f'cut short: {missing:.1f} s less than its header says')
     sizes = [header.size for header in source.headers if not header.is_discard]
-    # XviD has packets of one byte that hold no frame, and of a few that may hold none; that no others do, the count makes sure
-    xvid = source.codec.name == 'mpeg4'
-    empty = sizes.count(1) if xvid else 0
+    empty = sizes.count(1) if source.codec.name == 'mpeg4' else 0  # XviD's hold no frame; the count makes sure that others do
     indices = list(pick(len(sizes) - empty)) if len(sizes) > empty else []
-    if pts_tell(source):
-        pts, logged = sorted(header.pts for header in source.headers), len(log)
+    if pts_tell(source) and not hides:
+        pts, logged = sorted(source.pts), len(log)
         pictures = decode_some(source, [pts[i] for i in dict.fromkeys(indices)], convert)
         if pictures is not None and len(log) == logged:
             return {i: pictures[pts[i]] for i in indices}, indices
         del log[logged:]  # what is wrong with the file will be said again
-    to_end = source.hidden or xvid and min(sizes, default=0) < 10
-    pictures, count, fed = decode_in_order(source, indices, convert, to_end)
+    pictures, count, fed = decode_in_order(source, indices, convert, to_end=hides)
     if count != fed - empty:  # not a frame for each packet: count all frames, then choose again
         count = decode_in_order(source, [], convert, to_end=True)[1]
         indices = list(pick(count)) if count else []
@@ -231,20 +230,34 @@ def missing_seconds(source):
     return float(missing * stream.time_base) if missing > max(0.3 / stream.time_base, 0.05 * promised) else 0
 
 
-def is_hidden(packet):
-    """Whether the bytes of a VP9 packet are one frame that is not shown, split off from the superframe of the next one."""
-    return packet[0] & 0b1010 == 0 and packet[-1] >> 5 != 0b110
+def may_hide(source):
+    """Whether there may be packets that no frame comes out of, beside XviD's empty ones."""
+    codec, headers, ends = source.codec.name, source.headers, [header.ends for header in source.headers]
+    if codec == 'mpeg4':
+        return any(header.size < 10 for header in headers)
+    if codec == 'vp8':  # a frame that is not shown
+        return any(end[0] & 0b10000 == 0 for end in ends)
+    if codec == 'vp9':  # the same, split off from the superframe of the next one
+        return any(end[0] & 0b1010 == 0 and end[-1] >> 5 != 0b110 for end in ends)
+    sizes = {end[4:7] for end in ends if codec in MPEG and end[:4] == SEQUENCE}
+    return len(sizes) > 1  # where the size changes a frame is lost
+
+
+def entries(source):
+    """Numbers of the packets that decoding can begin with: keyframes, in MPEG-1 and 2 those with quantizers of their own."""
+    return [i for i, header in enumerate(source.headers)
+            if header.is_keyframe and (source.codec.name not in MPEG or header.ends[:4] == SEQUENCE)]
 
 
 def pts_tell(source):
     """Whether the sorted pts number the frames: each packet has its own, that of the one frame which comes out of it."""
-    codec, headers, pts = source.codec, source.headers, [header.pts for header in source.headers]
-    return (codec.name in ('h264', 'hevc', 'vp9', 'libdav1d') and not source.hidden  # flush_buffers() makes these as new
+    codec, headers, pts = source.codec, source.headers, source.pts
+    return (codec.name in ('h264', 'hevc', 'vp8', 'vp9', 'libdav1d', *MPEG)  # flush_buffers() makes these as new
             and source.container.format.name != 'avi'  # it has no pts, what it shows is made up
             and None not in pts and 0 < len(set(pts)) == len(pts)
             and not any(header.is_corrupt or header.is_discard for header in headers)
             and max(pts) - min(pts) < 2 ** 31  # else they leap in the midst of a group, as negative ones do in flv
-            and headers[0].is_keyframe and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
+            and entries(source)[:1] == [0] and pts[0] == min(pts)  # else it was cut out, and its first frames cannot be decoded
             and not (codec.has_b_frames and pts == sorted(pts)))  # made up, in the order of decoding
 
 
@@ -253,18 +266,19 @@ def decode_some(source, wanted, convert):
 
     Decodes the first frame, no group of pictures without a wanted one, and no frame that is neither wanted nor referred to.
     """
-    codec, packets = source.start()
-    pts = [header.pts for header in source.headers]
+    (codec, packets), keys, pts = source.start(), entries(source), source.pts
     place = {time: i for i, time in enumerate(pts)}
-    keys = [(header.pts, i) for i, header in enumerate(source.headers) if header.is_keyframe]
-    last = {max(i for key, i in keys if key <= time): place[time] for time in [pts[0], *wanted]}  # of a group: to decode
+    times = sorted([pts[0], *wanted], key=place.get)
+    last = {max(i for i in keys if pts[i] <= time): place[time] for time in times}  # packet of a group that is to be decoded
     targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
-    # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one
-    skip = 'NONREF' if codec.name == 'h264' else 'DEFAULT'
+    # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one, if there is any
+    record = codec.extradata or b''
+    one_layer = codec.name == 'hevc' and record[:1] == b'\1' and record[21] >> 3 & 7 == 1
+    skip = 'NONREF' if one_layer or codec.name in ('h264', *MPEG) else 'DEFAULT'
 
-    def take(frames):
+    def feed(packet):
         nonlocal latest
-        for frame in frames:
+        for frame in codec.decode(packet):
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 raise ValueError('frames are damaged or out of order')
             convert.see(frame)
@@ -276,13 +290,13 @@ def decode_some(source, wanted, convert):
         for i, packet in enumerate(packets):
             if i in last:
                 if i > end + 1:  # on to a later group of pictures
-                    take(codec.decode(None))
+                    feed(None)
                     codec.flush_buffers()
                 end = max(end, last[i])
             if i <= end:
                 codec.skip_frame = 'DEFAULT' if packet.pts in targets else skip
-                take(codec.decode(packet))
-        take(codec.decode(None))
+                feed(packet)
+        feed(None)
     except (av.FFmpegError, ValueError):
         return None
     return pictures if len(pictures) == len(targets) else None
@@ -305,12 +319,6 @@ def decode_in_order(source, wanted, convert, to_end=False):
         except av.FFmpegError:
             pass  # a damaged packet
     return pictures, count, fed
-
-
-def read_image(path, short_side):
-    """One image file -> uint8 (h, w, 3)."""
-    with open(path, 'rb') as file:
-        return decode_image(file.read(), short_side)
 
 
 def decode_image(data, short_side):

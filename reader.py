@@ -17,10 +17,9 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from multiprocessing import connection, forkserver
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -72,26 +71,27 @@ class ClipMaker:
 
         key = (*stamp(video), config['resize'], *what)
         frames = self.store.read(key, draw)
-        if frames is None and self.store.room > 0:
+        if frames is not None:
+            return frames
+        if self.store.room > 0:
             kept = read_frames(video.path, keep, config['resize'])
-            frames = self.store.write(key, kept, draw(len(kept)))
-        elif frames is None:
+            self.store.write(key, kept)
+            drawn = kept[draw(len(kept))]
+        else:
             drawn = read_frames(video.path, lambda n: keep(n)[draw(len(keep(n)))], config['resize'])
-            frames = self.store.like_kept(drawn)
-        return frames
+        return self.store.like_kept(drawn)
 
     def check(self, video):
         """Reads the test frames -> number of frames of the clip, and what is wrong though it can be read, or None."""
-        number, notes = 0, []
+        numbers, notes = [], []
 
         def pick(n):
-            nonlocal number
             first, end = clip_range(video, n)
-            number = end - first
-            return first + sample_indices(number, self.config['frames'])
+            numbers.append(end - first)
+            return first + sample_indices(end - first, self.config['frames'])
 
         read_frames(video.path, pick, self.config['resize'], notes)
-        return number, '; '.join(notes) or None
+        return numbers[-1], '; '.join(notes) or None
 
     def crop(self, frames, rng, place=0.5):
         """(T, h, w, 3) -> (T, 3, H, W): in training one random crop and one decision to flip for the whole clip.
@@ -146,15 +146,14 @@ class MemoryStore:
         """-> frames choose(number of frames kept) of `key`, or None."""
         return self.kept[key][choose(len(self.kept[key]))] if key in self.kept else None
 
-    def write(self, key, frames, chosen):
-        """Keeps frames (n, h, w, 3) if there is room -> the chosen ones, as `read` will give them."""
+    def write(self, key, frames):
+        """Keeps frames (n, h, w, 3) if there is room."""
         self.room -= frames.nbytes
         if self.room >= 0:
             self.kept[key] = frames
-        return frames[chosen]
 
     def like_kept(self, frames):
-        """Frames as `read` would give them had they been kept, so that no result depends on what fits."""
+        """Frames as `read` gives them if they have been kept, so that no result depends on what fits."""
         return frames
 
 
@@ -189,7 +188,7 @@ class DiskStore:
             return None
         return np.stack([pictures[i] for i in rows])
 
-    def write(self, key, frames, chosen):
+    def write(self, key, frames):
         images = encode_images(frames)
         sizes = [len(image) for image in images]
         self.room -= sum(sizes)
@@ -204,7 +203,6 @@ class DiskStore:
             except OSError as error:
                 self.room = 0
                 print(f'Warning: nothing more is kept in {self.folder}: {error.strerror}', file=sys.stderr, flush=True)
-        return self.like_kept(frames[chosen])
 
     def like_kept(self, frames):
         return np.stack([decode_image(image, float('inf')) for image in encode_images(frames)])
@@ -223,6 +221,10 @@ def crc(video):
     return zlib.crc32(os.fsencode(video.path))
 
 
+# A video's clip that is wanted for a place of a job. seed: as ClipMaker.clip has it; 'check': not a clip but a verdict
+Task = namedtuple('Task', 'job place video seed')
+
+
 class ClipReader:
     """Reads clips in `workers` processes (0: in this one) and hands them over in order.
 
@@ -231,8 +233,7 @@ class ClipReader:
     """
 
     def __init__(self, config, image_size):
-        self.config = config
-        self.shape = (config['frames'], 3, image_size, image_size)
+        self.config, self.shape = config, (config['frames'], 3, image_size, image_size)
         self.bad = {}  # Video -> why it cannot be read
         self.pin = config['device'] != 'cpu' and torch.cuda.is_available()
         count = worker_count(config)
@@ -282,28 +283,28 @@ class ClipReader:
             place, (verdict, error) = job.done.popitem()
             yield videos[place], *(verdict or (0, None)), error
 
-    def submit(self, task, urgent=False):
+    def submit(self, task):
         """Has a task done, in time or, without workers, at once."""
         if task.video in self.bad:
-            self.settle(task, None, None, self.bad[task.video])
+            self.settle(task, None, self.bad[task.video])
         elif self.workers:
             worker = self.workers[crc(task.video) % len(self.workers)]
-            (worker.waiting.appendleft if urgent else worker.waiting.append)(task)
+            worker.waiting.append(task)
             worker.feed()
         else:
             self.settle(task, *attempt(self.maker, task.video, task.seed))
 
-    def settle(self, task, clip, verdict, error):
-        """Takes in what has become of a task: one of the three, the others are None."""
-        if clip is not None:
-            task.job.frames[task.place].numpy()[:] = clip.numpy()  # torch's threads would wait for cores that workers keep busy
+    def settle(self, task, result, error):
+        """Takes in what has become of a task: a clip or a verdict, or else what is wrong."""
+        if isinstance(result, torch.Tensor):  # torch's threads would wait for cores that workers keep busy
+            task.job.frames[task.place].numpy()[:], result = result.numpy(), None
         if error and task.seed != 'check' and task.video not in self.bad:
             self.bad[task.video] = error
             if self.config['strict']:
                 sys.exit(f'Unreadable video {error} (strict=False leaves such videos out).')
             outcome = 'left out' if task.seed is None else 'another of its class takes its place'
             print(f'Warning: unreadable video {error}; {outcome}.', file=sys.stderr, flush=True)
-        task.job.done[task.place] = verdict, error
+        task.job.done[task.place] = result, error
 
     def finish(self, job):
         """Waits for all clips of a job -> frames, indices. In training replaces those that failed, until none has."""
@@ -315,7 +316,7 @@ class ClipReader:
                 return job.result(failed)
             job.replace(failed)
             for place in failed:
-                self.submit(job.task(place), urgent=True)
+                self.submit(job.task(place))
 
     def pump(self):
         """Takes in what workers have finished, looks after those that died or hang, and gives them more to do."""
@@ -330,14 +331,6 @@ class ClipReader:
         """Ends the workers."""
         for worker in self.workers:
             worker.stop()
-
-
-class Task(NamedTuple):
-    """A video's clip that is wanted for a place of a job. seed: as ClipMaker.clip has it; 'check': not a clip but a verdict."""
-    job: object
-    place: int
-    video: Video
-    seed: object
 
 
 class Job:
@@ -403,14 +396,14 @@ class Worker:
                 self.conn.send((slot, tuple(task.video), task.seed))  # a plain tuple pickles in half the time
 
     def answers(self, ready):
-        """Yields (task, clip, verdict, error) of what is finished; a clip is to be copied before the next `feed`."""
+        """Yields (task, result, error) of what is finished; a clip is to be copied before the next `feed`."""
         died = hung = False
         try:
             while ready and self.conn.poll():
-                verdict, error = self.conn.recv()
+                result, error = self.conn.recv()
                 slot, task = self.sent.popleft()
                 self.since, self.deaths = time.monotonic(), 0
-                yield task, None if verdict or error else self.arena[slot], verdict, error
+                yield task, result if result or error else self.arena[slot], error
             hung = self.sent and time.monotonic() - self.since > TIME_LIMIT
         except (EOFError, OSError):
             died = True
@@ -431,7 +424,7 @@ class Worker:
                 self.crashed.add(video)  # the process may have been killed for another's sake
             else:
                 reason = 'the decoder crashed on it' if died else f'not decoded within {TIME_LIMIT} s'
-                yield tasks.pop(0), None, None, f'{video.path}: {reason}'
+                yield tasks.pop(0), None, f'{video.path}: {reason}'
         self.waiting.extendleft(reversed(tasks))
 
     def start(self):
@@ -460,10 +453,10 @@ def work(conn, memory, shape, config, image_size, processes):
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe, or is gone
         while True:
             slot, video, seed = conn.recv()
-            clip, *answer = attempt(maker, Video(*video), seed)
-            if clip is not None:
-                arena[slot] = clip
-            conn.send(answer)
+            result, error = attempt(maker, Video(*video), seed)
+            if isinstance(result, torch.Tensor):
+                arena[slot], result = result, None
+            conn.send((result, error))
 
 
 def end_with(conn):
@@ -475,13 +468,11 @@ def end_with(conn):
 
 
 def attempt(maker, video, seed):
-    """-> clip, verdict, what is wrong: one of them, the others are None."""
+    """-> a clip or a verdict, and None; or None, and what is wrong."""
     try:
-        if seed == 'check':
-            return None, maker.check(video), None
-        return maker.clip(video, seed), None, None
+        return maker.check(video) if seed == 'check' else maker.clip(video, seed), None
     except UnreadableVideo as error:
-        return None, None, str(error)
+        return None, str(error)
 
 
 def warn_of_sides(split):

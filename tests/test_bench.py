@@ -41,7 +41,7 @@ def test_decode(table, monkeypatch):
     rows = table('decode', '--rounds=1', '--workers=1')
     ours = [row for row in rows if row['method'] == 'ours']
     assert len(ours) == 2 and all(row['right frames'] == '8 of 8' and row['clips/s best'] > 0 for row in ours)
-    assert {row['method'] for row in rows} >= {'PyAV, every frame', 'ours, kept frames'}
+    assert {row['method'] for row in rows} >= {'PyAV', 'ours, kept frames'}
 
 
 def test_encode(table):

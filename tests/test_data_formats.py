@@ -480,7 +480,7 @@ def test_contact_sheet(mixed, tmp_path):
     config = dict(mixed, annotations=None, splits=dict(train=['left'], test=['right', 'up']), flip=False, workers=0,
                   clip=os.path.join(ROOT, 'demo', 'tiny_clip.pt'), resize=None)
     check.contact_sheet(config, str(tmp_path / 'sheet.png'))
-    sheet = decode.read_image(str(tmp_path / 'sheet.png'), 10**6)
+    sheet = decode.decode_image((tmp_path / 'sheet.png').read_bytes(), 10**6)
     assert sheet.shape == (6 * 64, 8 * 64, 3) and config['resize'] == 73
     maker = reader.ClipMaker(dict(config, resize=73), 64)
     for row, video in enumerate(('right/0.mp4', 'right/1.mp4', 'up/0', 'up/1'), 2):

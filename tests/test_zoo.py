@@ -117,9 +117,37 @@ def sizes(folder, codec, ext):
     return copy(f'{folder}/sizes.{ext}', sources, later(lambda i: i // 20 * 0.8))
 
 
+def borrowed_quantizers(folder):
+    """MPEG-2 that says once, at its fourth keyframe, how it quantizes from there on; the later ones have no header."""
+    source = made(folder, 'm.mkv', codec='mpeg2video', frames=60, options=dict(g='6', bf='2'))
+    with av.open(source) as file, av.open(f'{folder}/borrowed.mkv', 'w') as out:
+        stream, keyframes = out.add_stream_from_template(file.streams.video[0]), 0
+        for packet in file.demux(video=0):
+            content, keyframes = bytes(packet), keyframes + packet.is_keyframe
+            if packet.is_keyframe and keyframes == 4:
+                content = content[:11] + bytes([content[11] | 1]) + bytes(range(20, 84)) + content[12:]
+            elif packet.is_keyframe and keyframes > 4:
+                content = content[content.index(b'\0\0\1\xb8'):]
+            changed = av.Packet(content)
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.is_keyframe, changed.stream = packet.is_keyframe, stream
+            if content:
+                out.mux(changed)
+    return f'{folder}/borrowed.mkv'
+
+
+def hidden_frame(folder):
+    source = made(folder, 'vp8.webm')
+    content, packet = bytearray(open(source, 'rb').read()), bytes_of(source)[20]
+    content[content.index(packet)] &= 0b11101111
+    (folder / 'hidden.webm').write_bytes(content)
+    return str(folder / 'hidden.webm')
+
+
 @pytest.mark.parametrize('make', [
-    no_padding, cut_open_gop, pts_of_decoding, pts_that_leap, early_placeholder,
+    no_padding, borrowed_quantizers, hidden_frame, cut_open_gop, pts_of_decoding, pts_that_leap, early_placeholder,
     pytest.param(lambda folder: sizes(folder, 'libx264', 'ts'), id='sizes_h264'),
+    pytest.param(lambda folder: sizes(folder, 'mpeg2video', 'mpg'), id='sizes_mpeg2'),
     pytest.param(lambda folder: sizes(folder, 'libvpx-vp9', 'webm'), id='sizes_vp9')])
 @pytest.mark.parametrize('kept', [decode.KEPT_BYTES, 0])
 def test_files_that_mislead(make, kept, tmp_path, monkeypatch):
@@ -133,6 +161,18 @@ def test_packets_that_are_read_again(name, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, 'KEPT_BYTES', 0)
     path = write_clip(tmp_path / name, **KINDS[name])
     assert same_frames(path, in_order(path)) == []
+
+
+@pytest.mark.parametrize('name, most', [
+    ('gops.mp4', 8), ('hevc.mp4', 8), ('vp8.webm', 12), ('vp9.webm', 12), ('mpeg2.mpg', 5)])
+def test_what_no_wanted_frame_needs_is_not_decoded(name, most, tmp_path, monkeypatch):
+    path, seen, see = made(tmp_path, name), [], decode.Converter.see
+    expected = in_order(path)
+    monkeypatch.setattr(decode, 'decode_in_order', lambda *args: pytest.fail('decoded in order'))
+    assert same_frames(path, expected) == []
+    monkeypatch.setattr(decode.Converter, 'see', lambda self, frame: seen.append(1) or see(self, frame))
+    decode.read_frames(path, lambda n: [n - 1], 1000)
+    assert len(seen) <= most
 
 
 TURNS = {  # (a, b, c, d): column x, row y is shown at column a x + c y, row b x + d y -> what becomes of a frame
@@ -227,6 +267,7 @@ CODECS = {  # name: (ffmpeg's options, containers)
     'xvid_long': ('libxvid -bf 2 -g 250 -b:v 300k', 'avi mkv ts'),
     'mpeg4': ('mpeg4 -bf 2 -g 12 -q:v 4', 'avi mp4 mkv m4v ts mov 3gp'),
     'mpeg2': ('mpeg2video -bf 2 -g 12 -q:v 4', 'mpg ts mkv avi mp4'),
+    'mpeg2_fields': ('mpeg2video -flags +ilme+ildct+cgop -sc_threshold 1000000000 -bf 3 -g 15 -b:v 60k', 'mpg ts mkv'),
     'mpeg1': ('mpeg1video -bf 2 -g 12 -q:v 4', 'mpg mkv'),
     'vp8': ('libvpx -deadline good -cpu-used 5 -auto-alt-ref 1 -lag-in-frames 12 -g 20', 'webm mkv'),
     'vp9': ('libvpx-vp9 -deadline realtime -cpu-used 8 -g 20', 'webm mkv mp4'),
