@@ -64,7 +64,7 @@ class Tested(NamedTuple):
 def untrained(config, clip, names, more=()):
     """The rows of every table that nothing is trained for; more: methods that are among them if they need no training."""
     found = []
-    rows = ([] if config['closed_set'] else ['mean_pool', 'concat']) + (['zero_shot'] if clip.vocab_size else [])
+    rows = ([] if config['closed_set'] else ['mean_pool', 'concat', 'changes']) + (['zero_shot'] if clip.vocab_size else [])
     for name in dict.fromkeys((*rows, *more)):
         own = config | dict(method=name)
         try:

@@ -57,6 +57,16 @@ def test_concat_by_hand():
     assert not torch.allclose(method.scores(method.video(reversed_queries), episode(5)), scores, atol=1)
 
 
+def test_changes_by_hand():
+    """What is the same in all frames of a clip says nothing; the rest is compared frame by frame."""
+    _, method = built('changes')
+    frames = F.normalize(torch.randn(5, 4, 16, dtype=torch.float64), dim=-1)
+    moved = torch.stack([clip - clip.mean(0) for clip in frames])
+    support = torch.stack([moved[0], (moved[1] + moved[2]) / 2]).flatten(1)
+    expected = F.cosine_similarity(moved[3:].flatten(1)[:, None], support[None], dim=-1).float()
+    torch.testing.assert_close(method.scores(method.video(7 * frames), episode(5))[0] / 100, expected)
+
+
 def test_matrix_by_hand():
     """64 numbers for 8 frames; a sum over pairs of frames, written as loops."""
     _, method = built('matrix', frames=4)
@@ -159,7 +169,7 @@ def test_kept_features_know_all_files_that_made_them(name):
     assert {file for file in borrowed if os.path.exists(file)} <= set(checkpoint.sources(path))
 
 
-@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'matrix', 'vba', 'vba_frames'])
+@pytest.mark.parametrize('name', ['mean_pool', 'zero_shot', 'concat', 'changes', 'matrix', 'vba', 'vba_frames'])
 def test_nothing_outside_an_episode_has_a_say(name):
     """A query's scores move neither with the other queries nor with a video that no episode holds."""
     _, method = built(name, frames=4, levels=1, cross_video='inductive', temporal_adapter=False)
@@ -220,7 +230,7 @@ def test_the_readmes_method_trains_tests_and_predicts(world, tmp_path, capsys, m
     run(evaluation, world, named, f'--ckpt={out / "best.pt"}', f'--out_dir={tmp_path / "again"}', '--probe=True')
     rows, again = (json.loads((folder / 'results.json').read_text()) for folder in (out, tmp_path / 'again'))
     accuracy = {(row['method'], row['shot']): row['accuracy'] for row in again}
-    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot', 'my_idea'}
+    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'changes', 'zero_shot', 'my_idea'}
     assert all(row['accuracy'] == accuracy[row['method'], row['shot']] for row in rows)
     assert ('my_idea, queries reversed', 1) in accuracy and not any(row['transductive'] for row in rows)
 

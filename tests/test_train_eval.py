@@ -133,7 +133,7 @@ def test_training_writes_what_it_promises(world, trained):
     assert [entry['iter'] for entry in log(out_dir)] == [2, 4, 6]
     rows = json.loads((out_dir / 'results.json').read_text())
     assert [(row['method'], row['shot']) for row in rows] == [
-        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'concat', 'zero_shot', 'vba joint', 'vba inductive')]
+        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive')]
     for row in rows:
         assert {'dataset', 'split', 'way', 'queries', 'episodes', 'episodes_hash', 'accuracy', 'ci95', 'frames', 'sampling',
                 'backbone', 'weights_hash', 'seed', 'seconds', 'missing'} <= set(row)
@@ -385,7 +385,7 @@ def test_unreadable_training_and_validation_videos(world, tmp_path, monkeypatch,
     run(train, world, *options, f'--out_dir={tmp_path / "run"}')
     said = capfd.readouterr().err
     assert said.count('another of its class takes its place') == 1 and said.count('left out') == 1
-    assert len(rows_of(tmp_path / 'run')) == 10 and all(row['missing'] == 0 for row in rows_of(tmp_path / 'run'))
+    assert len(rows_of(tmp_path / 'run')) == 12 and all(row['missing'] == 0 for row in rows_of(tmp_path / 'run'))
     assert all(np.isfinite(loss) for _, loss, _ in losses(tmp_path / 'run'))
 
 
@@ -534,7 +534,7 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     mine = f'--method={tmp_path / "mine.py"}'
     run(train, world, mine, '--width=16', '--max_iters=3', f'--out_dir={tmp_path / "run"}')
     rows = rows_of(tmp_path / 'run')
-    assert [row['method'] for row in rows] == 2 * ['mean_pool', 'concat', 'zero_shot', 'mine']
+    assert [row['method'] for row in rows] == 2 * ['mean_pool', 'concat', 'changes', 'zero_shot', 'mine']
     assert rows[3]['parameters'] == 33 * 16
     assert not rows[3]['transductive'] and not rows[3]['text']
     ckpt = f'--ckpt={tmp_path / "run" / "best.pt"}'
@@ -550,7 +550,7 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     torch.save(torch.load(tmp_path / 'run' / 'best.pt', weights_only=True), both[1])
     result = run(evaluation, world, f'--ckpt={both}', mine, '--test_shots=[1]', f'--out_dir={tmp_path / "both"}')
     together = rows_of(tmp_path / 'both')
-    assert [row['method'] for row in together] == ['mean_pool', 'concat', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
+    assert [row['method'] for row in together] == ['mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
     assert together[:5] == rows_of(trained[0])[:5] and 'mine - vba joint' in result.output
 
 
@@ -624,8 +624,8 @@ def test_two_processes_fill_one_file(world, trained, tmp_path):
 
 
 @pytest.mark.parametrize('options, rows', [
-    (['--temporal_adapter=True'], 10), (['--temporal_adapter=False', '--cross_video=inductive'], 8),
-    (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 10)])
+    (['--temporal_adapter=True'], 12), (['--temporal_adapter=False', '--cross_video=inductive'], 10),
+    (['--temporal_adapter=False', '--cache_prefix=1', '--augment=none'], 12)])
 def test_half_precision_through_training_and_test(world, tmp_path, monkeypatch, options, rows):
     """Autocast in bfloat16, on the CPU here, goes through every place that it goes through on CUDA."""
     dtypes = set()
@@ -646,7 +646,7 @@ def test_one_row_where_queries_never_see_each_other(world, tmp_path):
     for mode in ('inductive', False):
         run(train, world, f'--cross_video={mode}', '--max_iters=1', '--test_shots=[1]', f'--out_dir={tmp_path / str(mode)}')
         assert [(row['method'], row['transductive']) for row in rows_of(tmp_path / str(mode))] == [
-            ('mean_pool', False), ('concat', False), ('zero_shot', False), ('vba', False)]
+            ('mean_pool', False), ('concat', False), ('changes', False), ('zero_shot', False), ('vba', False)]
 
 
 def test_features_for_other_programs(world, trained, tmp_path):
@@ -660,7 +660,7 @@ def test_queries_of_classes_that_were_not_shown(world, trained, tmp_path):
     run(evaluation, world, f'--ckpt={trained[0] / "best.pt"}', '--open_set=True', f'--out_dir={tmp_path}')
     rows = json.loads((tmp_path / 'open_set.json').read_text())
     assert [(row['shot'], row['method']) for row in rows] == list(itertools.product(
-        (1, 2), ('mean_pool', 'concat', 'zero_shot', 'vba')))
+        (1, 2), ('mean_pool', 'concat', 'changes', 'zero_shot', 'vba')))
     assert all(0 <= row['auroc'] <= 100 and math.isfinite(row['threshold']) and row['way'] == 1 for row in rows)
 
 
@@ -767,7 +767,7 @@ def test_micro_batches_add_up_to_the_whole(world, tmp_path):
 def test_eval_without_checkpoint_is_training_free(world):
     run(evaluation, world, f'--out_dir={world / "free"}')
     rows = json.loads((world / 'free' / 'results.json').read_text())
-    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'zero_shot'}
+    assert {row['method'] for row in rows} == {'mean_pool', 'concat', 'changes', 'zero_shot'}
 
 
 class Gone(io.StringIO):
