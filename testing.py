@@ -26,7 +26,7 @@ import ranks
 from config import amp, name_of
 from model import Episode
 
-QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # that the episodes at a time may take: on a CPU it fits its caches
+QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28, mps=2 ** 28)  # that the episodes at a time may take: on a CPU it fits its caches
 PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries of a test may be given
 
 
