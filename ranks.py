@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -22,6 +23,7 @@ def begin(config):
     if cuda:
         config['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(config['device'])
+    from torch import _dynamo  # noqa: F401  training needs it, and imported later it would hold the group beyond its end
     backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may have clips to make; torchrun sees who died
     if dist.get_rank():
@@ -29,7 +31,9 @@ def begin(config):
 
 
 def end():
+    """Leaves the group, and ends its threads: one that is still at it when Python ends would abort the process."""
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, and itself
         dist.destroy_process_group()
 
 
