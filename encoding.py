@@ -92,8 +92,7 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
             clips, f'encoding {split.name} videos', len(own), unit_scale=BLOCK, unit='video')):
         read = indices if draw is None else block
         if len(read):
-            frames = frames.to(config['device'], non_blocking=True)
-            frames = frames if draw is None else frames[:, 0]  # (n, T, 3, H, W)
+            frames = (frames if draw is None else frames[:, 0]).to(config['device'], non_blocking=True)  # (n, T, 3, H, W)
             with amp(config):
                 seen = look(clip.visual, frames, sees)
             for column, x in zip(found, make(seen)):

@@ -179,8 +179,7 @@ def whole_clips(paths, reader):
 
 
 def labelled(clips, encode, label):
-    """An iterator of (path, start, end, clip or a word) -> (path, start, end, N scores or the word, clip, what is kept of it),
-    BATCH at a time."""
+    """(path, start, end, clip or a word), ... -> (path, start, end, N scores or the word, clip, what is kept of it), ..."""
     while batch := list(itertools.islice(clips, BATCH)):
         good = [clip for *_, clip in batch if not isinstance(clip, str)]
         kept = encode(torch.stack(good)) if good else []

@@ -108,9 +108,8 @@ def encode(config, clip, tested, split, reader):
 
     about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
     kept = encoding.keep(config, clip, split, reader, sees, make, about)
-    encoded = []
-    for i, each in enumerate(tested):
-        encoded.append(each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i]))
+    encoded = [each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i])
+               for i, each in enumerate(tested)]
     return encoded, kept.rows
 
 
