@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -246,7 +246,10 @@ class ClipReader:
         context = multiprocessing.get_context(START)
         context.set_forkserver_preload(['torch', 'av', 'reader'])
         if count and START == 'forkserver':
+            resource_tracker.ensure_running()  # else the next but one starts it, and it lets Ctrl-C through again:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it is ours, not that of those we start
             forkserver.ensure_running()  # it imports while the caller goes on
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.workers = [Worker(context, slots, self.shape, (config, image_size, count * RANKS)) for _ in range(count)]
 
     def stream(self, split, jobs, train):
@@ -441,8 +444,9 @@ class Worker:
         memory = self.context.RawArray('B', int(np.prod(self.shape)))
         self.arena = torch.frombuffer(memory, dtype=torch.uint8).view(self.shape)
         self.conn, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
-        self.process.start()
+        process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
+        process.start()  # may be interrupted
+        self.process = process
         theirs.close()
 
     def stop(self):
