@@ -154,11 +154,8 @@ def columns(path, count, specs):
             whole = np.memmap(path, np.uint8, 'r+')
         except OSError as error:
             sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
-    arrays, first = [], 0
-    for (shape, dtype), length, size in zip(specs, lengths, sizes):
-        arrays.append(whole[first:first + length].view(dtype).reshape(count, *shape))
-        first += size
-    return arrays
+    return [whole[first:first + length].view(dtype).reshape(count, *shape)
+            for (shape, dtype), length, first in zip(specs, lengths, np.cumsum([0, *sizes]))]
 
 
 def on_gpu(config, size):
