@@ -74,8 +74,8 @@ TESTING = dict(
     templates=['a video of {}.'],  # texts about a class name for zero_shot; their features are averaged
 )
 MACHINE = dict(  # no result depends on these but by rounding; a checkpoint does not bring them
-    device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu'; 'auto': CUDA where there is one
-    dtype='auto',              # of autocast: 'float16' (auto on CUDA), 'bfloat16' or, without it, 'float32' (auto on a CPU)
+    device='auto',             # 'cuda' (CUDA_VISIBLE_DEVICES=1 picks another), 'cpu', 'mps' (Apple's); 'auto': CUDA or the CPU
+    dtype='auto',              # of autocast: 'float16' (auto on CUDA), 'bfloat16' or, without it, 'float32' (auto elsewhere)
     compile='auto',            # torch.compile: True, False; 'auto': on CUDA
     deterministic=False,       # bit-equal runs on CUDA, slower
     micro_batch=0,             # episodes that a process computes at a time, adding up gradients; 0: all its share at once
@@ -95,7 +95,7 @@ DEFAULTS = DATA | LOOK | TRAINING | TESTING | MACHINE
 CHOICES = dict(
     test_sampling=('middle', 'random'), augment=('none', 'crop', 'randaug'), norm=('clip', 'imagenet'),
     act=(None, 'quick_gelu', 'gelu'), decay=('constant', 'cosine'), dtype=('auto', 'float16', 'bfloat16', 'float32'),
-    device=('auto', 'cuda', 'cpu'), compile=('auto', True, False),
+    device=('auto', 'cuda', 'cpu', 'mps'), compile=('auto', True, False),
     test_split=('train', 'val', 'test', 'unseen'),
 )
 TYPES = dict(annotations=(str, list, dict), classes=(str, list), ckpt=(str, list), query=(str, list), splits=dict,
@@ -335,8 +335,9 @@ def resolve(config):
     import torch
     if config['device'] == 'auto':
         config['device'] = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if config['device'] == 'cuda' and not torch.cuda.is_available():
-        sys.exit('--device=cuda: PyTorch sees no CUDA device here; use --device=cpu.')
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not there[config['device']]:
+        sys.exit(f'--device={config["device"]}: PyTorch sees no such device here; use --device=cpu.')
     if config['compile'] == 'auto':
         compiler = os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang')))  # which Triton needs
         config['compile'] = config['device'] == 'cuda' and bool(compiler)

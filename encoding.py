@@ -8,7 +8,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -93,8 +92,7 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
             clips, f'encoding {split.name} videos', len(own), unit_scale=BLOCK, unit='video')):
         read = indices if draw is None else block
         if len(read):
-            frames = frames.to(config['device'], non_blocking=True)
-            frames = frames if draw is None else frames[:, 0]  # (n, T, 3, H, W)
+            frames = (frames if draw is None else frames[:, 0]).to(config['device'], non_blocking=True)  # (n, T, 3, H, W)
             with amp(config):
                 seen = look(clip.visual, frames, sees)
             for column, x in zip(found, make(seen)):
@@ -107,7 +105,8 @@ def keep(config, clip, split, reader, sees, make, about, draw=None):
         sys.exit(f'None of the {count} {split.name} videos could be read.')
     where = f'in {path}' if stays else 'in memory'
     if path and not stays and rank == 0:
-        os.remove(path)  # it lives on where it is mapped
+        with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
+            os.remove(path)  # it lives on where it is mapped
     tensors = [torch.from_numpy(column) for column in found]
     if on_gpu(config, size * count):
         tensors, where = [x.to(config['device']) for x in tensors], 'on the GPU'
@@ -144,7 +143,8 @@ def columns(path, count, specs):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, 'ab') as file:
-                with contextlib.suppress(OSError):  # a file system without locks
+                with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+                    import fcntl
                     fcntl.flock(file, fcntl.LOCK_EX)  # of two trainings that share features_dir one makes it
                 if file.seek(0, os.SEEK_END) not in (0, sum(sizes)):  # not whole
                     file.truncate(0)
@@ -154,16 +154,13 @@ def columns(path, count, specs):
             whole = np.memmap(path, np.uint8, 'r+')
         except OSError as error:
             sys.exit(f'Cannot write the features into {path}: {error.strerror}; --features_dir= names another folder.')
-    arrays, first = [], 0
-    for (shape, dtype), length, size in zip(specs, lengths, sizes):
-        arrays.append(whole[first:first + length].view(dtype).reshape(count, *shape))
-        first += size
-    return arrays
+    return [whole[first:first + length].view(dtype).reshape(count, *shape)
+            for (shape, dtype), length, first in zip(specs, lengths, np.cumsum([0, *sizes]))]
 
 
 def on_gpu(config, size):
     """Whether that many bytes may stay on the GPU: half of what is free there, or kept for later by PyTorch's allocator."""
-    if config['device'] == 'cpu':
+    if not config['device'].startswith('cuda'):
         return False
     kept = torch.cuda.memory_reserved(config['device']) - torch.cuda.memory_allocated(config['device'])
     return size < 0.5 * (torch.cuda.mem_get_info(config['device'])[0] + kept)

@@ -92,8 +92,6 @@ def encode_all(config, found, split):
 
 def main():
     config, found = checkpoint.configure(sys.argv[1:], OPTIONS)
-    if config['closed_set'] and config['open_set']:
-        sys.exit('open_set: with closed_set=True there are no episodes whose classes could leave some out.')
     if config['closed_set'] and config['episodes_file']:
         sys.exit('episodes_file: with closed_set=True there are no episodes; the hash tells the videos.')
     if config['open_set'] and (config['closed_set'] or config['episodes_file'] or config['probe']):

@@ -40,7 +40,7 @@ NORMS = dict(  # mean and standard deviation of RGB in 0..1
     clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
-CHUNK = dict(cpu=24, cuda=512)  # that the frozen blocks take at a time: on a CPU small enough for its caches
+CHUNK = dict(cpu=24, cuda=512, mps=512)  # that the frozen blocks take at a time: on a CPU small enough for its caches
 FOLDED_ROWS = 4096  # uses of videos that `folded_by_video` takes at a time: 150 MB at width 768
 
 

@@ -135,10 +135,9 @@ def number_of(examples):
 
 
 @torch.no_grad()
-def label(config, clip, method, examples, frames):
-    """Examples and clips (M, T, 3, H, W) uint8 -> scores (M, N) that add up to 1 for each clip: one inductive episode. With
+def label(config, method, examples, kept):
+    """Examples and what `encode` gives of M clips -> scores (M, N) that add up to 1 for each clip: one inductive episode. With
     config['unknown'] the last of N + 1 is that of 'none of these'."""
-    kept = encode(config, clip, method, frames)
     if len(examples['labels']):
         kept = [torch.cat([x.to(y), y]) for x, y in zip(examples['kept'], kept)]
     index = torch.arange(len(kept[0]), device=config['device'])[None]  # (1, B)
@@ -179,13 +178,14 @@ def whole_clips(paths, reader):
         yield from ((paths[i], None, None, clips[i] if i in clips else reader.bad[split.videos[i]]) for i in job)
 
 
-def labelled(clips, label):
-    """An iterator of (path, start, end, clip or a word) -> (path, start, end, N scores or the word, clip), BATCH at a time."""
+def labelled(clips, encode, label):
+    """(path, start, end, clip or a word), ... -> (path, start, end, N scores or the word, clip, what is kept of it), ..."""
     while batch := list(itertools.islice(clips, BATCH)):
         good = [clip for *_, clip in batch if not isinstance(clip, str)]
-        scores = iter(label(torch.stack(good)).tolist() if good else [])
+        kept = encode(torch.stack(good)) if good else []
+        scored = zip(label(kept).tolist(), good, zip(*(x.split(1) for x in kept))) if good else None
         for *where, clip in batch:
-            yield *where, clip if isinstance(clip, str) else next(scores), clip
+            yield *where, *((clip, None, None) if isinstance(clip, str) else next(scored))
 
 
 # ---- Answers
@@ -195,7 +195,7 @@ def answer(config, classes, rows, method):
     failed = {}
 
     def good(path, rows):  # -> (start, end, scores)
-        for _, start, end, scores, _ in rows:
+        for _, start, end, scores, *_ in rows:
             if isinstance(scores, str):
                 failed[path] = scores
                 continue
@@ -271,9 +271,10 @@ def main():
         paths = find_queries(config['query'])
         size = clip.visual.image_size
         clips = timeline.all_windows(paths, config, size) if config['window'] else whole_clips(paths, reader)
-        scored = labelled(clips, lambda frames: label(config, clip, method, examples, frames))
+        scored = labelled(clips, functools.partial(encode, config, clip, method),
+                          functools.partial(label, config, method, examples))
         if config['report']:
-            by_method = functools.partial(label, config | dict(unknown=None), clip, method)
+            by_method = functools.partial(label, config | dict(unknown=None), method)
             scored = report.page(config, examples, classes, size, scored, by_method)
         failed = answer(config, classes, scored, name)
     finally:

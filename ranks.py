@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -25,13 +26,16 @@ def begin(config):
         torch.cuda.set_device(config['device'])
         if int(os.environ['LOCAL_WORLD_SIZE']) <= cards:  # NCCL takes no two processes on one card
             backend = 'cpu:gloo,cuda:nccl'
+    from torch import _dynamo  # noqa: F401  training needs it, and imported later it would hold the group beyond its end
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may have clips to make; torchrun sees who died
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w', errors='surrogateescape')
 
 
 def end():
+    """Leaves the group, and ends its threads: one that is still at it when Python ends would abort the process."""
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, and itself
         dist.destroy_process_group()
 
 

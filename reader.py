@@ -11,14 +11,13 @@ import json
 import multiprocessing
 import os
 import re
-import select
 import signal
 import sys
 import threading
 import time
 import zlib
 from collections import deque, namedtuple
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from types import SimpleNamespace
 
 import av
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from decode import UnreadableVideo, Video, clip_range, decode_image, encode_images, read_frames, sample_indices, stamp
 
 RANKS = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that torchrun started on this machine
+START = 'forkserver' if hasattr(os, 'fork') else 'spawn'  # how processes start; Windows knows the second alone
 TIME_LIMIT = 60  # seconds that one video may take before its worker is killed and the video counts as unreadable
 
 
@@ -181,8 +181,11 @@ class DiskStore:
         name, offset, sizes = self.index[key]
         rows, starts = choose(len(sizes)).tolist(), np.cumsum([offset, *sizes])
         try:
+            pictures = {}
             with open(os.path.join(self.folder, name + '.jpegs'), 'rb') as file:
-                pictures = {i: decode_image(os.pread(file.fileno(), sizes[i], starts[i]), float('inf')) for i in set(rows)}
+                for i in set(rows):
+                    file.seek(starts[i])
+                    pictures[i] = decode_image(file.read(sizes[i]), float('inf'))
         except (OSError, av.FFmpegError, IndexError):  # lost in a crash of the machine, or deleted
             del self.index[key]
             return None
@@ -241,10 +244,13 @@ class ClipReader:
         self.ahead = count * slots
         self.maker = None if count else ClipMaker(config, image_size, RANKS)
         # forkserver: forking this process would copy torch's threads' locks, spawning would import torch for every worker
-        context = multiprocessing.get_context('forkserver')
+        context = multiprocessing.get_context(START)
         context.set_forkserver_preload(['torch', 'av', 'reader'])
-        if count:
+        if count and START == 'forkserver':
+            resource_tracker.ensure_running()  # else the next but one starts it, and it lets Ctrl-C through again:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it is ours, not that of those we start
             forkserver.ensure_running()  # it imports while the caller goes on
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.workers = [Worker(context, slots, self.shape, (config, image_size, count * RANKS)) for _ in range(count)]
 
     def stream(self, split, jobs, train):
@@ -431,8 +437,9 @@ class Worker:
         memory = self.context.RawArray('B', int(np.prod(self.shape)))
         self.arena = torch.frombuffer(memory, dtype=torch.uint8).view(self.shape)
         self.conn, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
-        self.process.start()
+        process = self.context.Process(target=work, args=(theirs, memory, self.shape, *self.args), daemon=True)
+        process.start()  # may be interrupted
+        self.process = process
         theirs.close()
 
     def stop(self):
@@ -446,7 +453,7 @@ class Worker:
 def work(conn, memory, shape, config, image_size, processes):
     """A decoding process: takes (slot, video, seed), fills the slot, answers (verdict or None, what is wrong or None)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by closing the pipe
-    threading.Thread(target=end_with, args=(conn,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     arena = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
     maker = ClipMaker(config, image_size, processes)
@@ -459,11 +466,9 @@ def work(conn, memory, shape, config, image_size, processes):
             conn.send((result, error))
 
 
-def end_with(conn):
+def end_with_parent():
     """Ends this process when the parent is gone, even one that was killed while this process waits for a file."""
-    hung_up = select.poll()
-    hung_up.register(conn, 0)
-    hung_up.poll()
+    multiprocessing.parent_process().join()
     os._exit(0)
 
 

@@ -26,7 +26,7 @@ import ranks
 from config import amp, name_of
 from model import Episode
 
-QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28)  # that the episodes at a time may take: on a CPU it fits its caches
+QUERY_BYTES = dict(cpu=2 ** 23, cuda=2 ** 28, mps=2 ** 28)  # that the episodes at a time may take: on a CPU it fits its caches
 PROBES = ('reversed', 'still', 'shuffled')  # orders of frames that the queries of a test may be given
 
 
@@ -108,9 +108,8 @@ def encode(config, clip, tested, split, reader):
 
     about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
     kept = encoding.keep(config, clip, split, reader, sees, make, about)
-    encoded = []
-    for i, each in enumerate(tested):
-        encoded.append(each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i]))
+    encoded = [each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i])
+               for i, each in enumerate(tested)]
     return encoded, kept.rows
 
 

@@ -100,8 +100,8 @@ def batches_kept(config, clip, sees, split, reader, jobs):
 
 def on_device(batches, device):
     """The same batches on the device: on CUDA the next one is copied there while this one is computed with."""
-    if torch.device(device).type == 'cpu':
-        yield from batches
+    if not device.startswith('cuda'):
+        yield from ((frames.to(device), indices) for frames, indices in batches)
         return
     stream, before = torch.cuda.Stream(device), None
     for frames, indices in batches:  # endless
@@ -118,7 +118,7 @@ def on_device(batches, device):
 
 def wrapped(config, method):
     """The module that a step calls: compiled, and of several ranks with their gradients added up."""
-    step, cuda = Step(method), config['device'] != 'cpu'
+    step, cuda = Step(method), config['device'].startswith('cuda')
     if ranks.rank_of()[1] > 1:
         step = torch.nn.parallel.DistributedDataParallel(
             step, [config['device']] if cuda else None, gradient_as_bucket_view=True)
@@ -224,7 +224,7 @@ def resume(config, path, method, clip, optimizer, scaler, state):
 def sent(numbers):
     """Numbers of a step, on their way to the CPU -> a function that waits for this step alone, not for later ones, and gives
     them."""
-    if numbers.device.type == 'cpu':
+    if numbers.device.type != 'cuda':
         return numbers.tolist
     there, arrived = torch.empty_like(numbers, device='cpu', pin_memory=True), torch.cuda.Event()
     there.copy_(numbers, non_blocking=True)
@@ -281,7 +281,7 @@ def signals():
 
 def run(config):
     """Trains in out_dir, validates, and tests the best checkpoint."""
-    (rank, world), cuda, out_dir = ranks.rank_of(), config['device'] != 'cpu', config['out_dir']
+    (rank, world), cuda, out_dir = ranks.rank_of(), config['device'].startswith('cuda'), config['out_dir']
     if config['meta_batch'] % world:
         sys.exit(f'meta_batch={config["meta_batch"]} episodes cannot be shared out evenly to {world} processes.')
     if config['deterministic']:

@@ -296,7 +296,8 @@ def write_dataset(out, per_class=20, seed=0, workers=2, names=None, level='defau
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             jobs.append((path, name, seed, number, level))
-    with multiprocessing.get_context('forkserver').Pool(workers) as pool:  # a fork may inherit locked locks, and hang
+    start = 'forkserver' if hasattr(os, 'fork') else 'spawn'  # a fork may inherit locked locks, and hang
+    with multiprocessing.get_context(start).Pool(workers) as pool:
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), unit='clip', disable=None):
             pass
 

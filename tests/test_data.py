@@ -484,6 +484,27 @@ def test_workers_end_when_the_run_is_killed(tmp_path):
         os.close(writer)
 
 
+def test_ctrl_c_while_a_process_starts(folder, monkeypatch):
+    """It goes through as it is, and what starts the processes does not hear of it."""
+    clips = reader.ClipReader(make_config(folder, workers=1), 32)
+    context = clips.workers[0].context
+
+    def start(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context.Process, 'start', start)
+        with pytest.raises(KeyboardInterrupt):
+            list(clips.check([decode.Video(str(folder / 'jump' / '0.mp4'))]))
+    clips.close()
+    script = ('import re, reader; from multiprocessing import forkserver; from config import DEFAULTS; '
+              'reader.ClipReader(dict(DEFAULTS, workers=1, device="cpu"), 32); pid = forkserver._forkserver._forkserver_pid; '
+              'print(re.search("SigBlk:(.*)", open(f"/proc/{pid}/status").read())[1])')
+    if os.path.exists('/proc/self/status'):
+        run = subprocess.run([sys.executable, '-c', script], stdout=subprocess.PIPE, cwd=os.path.dirname(reader.__file__))
+        assert int(run.stdout, 16) & 1 << signal.SIGINT - 1
+
+
 def test_streams_interleave_and_may_be_left_early(in_process, folder, splits_option):
     config = make_config(folder, splits=splits_option, workers=2)
     split = data.load_splits(config)['train']

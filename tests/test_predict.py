@@ -156,16 +156,15 @@ def both(temp):
     return VBA(clip, [], config), find_method('mean_pool')[0](clip, [], config)
 
 
-def labelled_as(monkeypatch, method, support, query, labels):
+def labelled_as(method, support, query, labels):
     """What predict.py says where these are the vectors of examples and queries."""
-    monkeypatch.setattr(predict, 'encode', lambda *_: [query])
-    return predict.label(CONFIG, None, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), None)
+    return predict.label(CONFIG, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), [query])
 
 
-def test_unequal_shots_by_hand(monkeypatch):
+def test_unequal_shots_by_hand():
     torch.manual_seed(1)
     support, query, labels, temp = 3 * torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 0, 1, 2, 2]), 7.0
-    trained, untrained = (labelled_as(monkeypatch, method, support, query, labels) for method in both(temp))
+    trained, untrained = (labelled_as(method, support, query, labels) for method in both(temp))
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     for m in range(2):
         e = [np.exp(temp * float(query[m] @ s)) for s in support]
@@ -178,22 +177,21 @@ def test_unequal_shots_by_hand(monkeypatch):
     assert np.allclose(untrained, mean_pool_by_hand(support, query, labels), atol=1e-4)
 
 
-def test_labels_need_no_order(monkeypatch):
+def test_labels_need_no_order():
     torch.manual_seed(1)
     support, query, labels, order = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 0, 1, 2, 2]), [4, 0, 3, 1, 5, 2]
     for method in both(7.0):
-        expected = labelled_as(monkeypatch, method, support, query, labels)
-        assert torch.allclose(labelled_as(monkeypatch, method, support[order], query, labels[order]), expected, atol=1e-5)
+        expected = labelled_as(method, support, query, labels)
+        assert torch.allclose(labelled_as(method, support[order], query, labels[order]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('which', [0, 1])
-def test_none_of_these_is_below_the_raw_score(monkeypatch, which):
+def test_none_of_these_is_below_the_raw_score(which):
     """By hand: one more class of a fixed logit; the others keep their shares."""
     torch.manual_seed(3)
     support, query, labels = torch.randn(6, 8), torch.randn(2, 8), torch.tensor([0, 0, 1, 1, 2, 2])
     method, labels_of = both(7.0)[which], lambda config: predict.label(
-        config, None, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), None)
-    monkeypatch.setattr(predict, 'encode', lambda *_: [query])
+        config, method, dict(classes=['a', 'b', 'c'], labels=labels, kept=[support]), [query])
     episode = Episode(labels, torch.arange(3)[None], ['a', 'b', 'c'], joint=False, index=torch.arange(8)[None])
     raw = method.scores([torch.cat([support, query])], episode)[0]
     best = raw.amax(1).tolist()
@@ -213,13 +211,13 @@ def test_none_of_these_is_an_answer(world, call, tmp_path):
     assert call(query=query, unknown=1000, window=0.5, json=True).rows[0]['timeline'][0]['name'] == 'none of these'
 
 
-def test_equal_shots_are_those_of_the_test(monkeypatch):
+def test_equal_shots_are_those_of_the_test():
     torch.manual_seed(2)
     features, labels, names = torch.randn(26, 16), torch.arange(3).repeat_interleave(2), ['a', 'b', 'c']
     index, classes, (trained, untrained) = torch.arange(26)[None], torch.arange(3)[None], both(9.0)
     episode = Episode(labels, classes, names, joint=False, index=index)
     for method in (trained, untrained):
-        ours = labelled_as(monkeypatch, method, features[:6], features[6:], labels)
+        ours = labelled_as(method, features[:6], features[6:], labels)
         drawn = index.numpy(), labels.numpy(), classes.numpy()
         (answers,) = testing.answers(CONFIG, method, [features], *drawn, names, False, '').tolist()
         assert ours.argmax(1).tolist() == answers and len(set(answers)) == 3
@@ -231,9 +229,10 @@ def test_equal_shots_are_those_of_the_test(monkeypatch):
 def test_examples_first_then_queries_is_the_inductive_model(world, name):
     config, clip, method = loaded(world, name)
     frames, labels = clips(9), torch.tensor([0, 0, 1, 1, 2])  # 5 examples, 4 queries
-    examples = dict(classes=['a', 'b', 'c'], labels=labels, kept=predict.encode(config, clip, method, frames[:5]))
-    together = predict.label(config, clip, method, examples, frames[5:])
-    alone = torch.cat([predict.label(config, clip, method, examples, frame[None]) for frame in frames[5:]])
+    kept, queries = (predict.encode(config, clip, method, part) for part in (frames[:5], frames[5:]))
+    examples = dict(classes=['a', 'b', 'c'], labels=labels, kept=kept)
+    together = predict.label(config, method, examples, queries)
+    alone = torch.cat([predict.label(config, method, examples, [x[i:i + 1] for x in queries]) for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-5)
 
     exact = method.video(*bring(look(clip.visual, frames, method.sees), 'cpu'))  # as in training
@@ -624,7 +623,7 @@ def test_half_precision_ends_where_it_should(world, monkeypatch, name):
     else:
         features = method.features
         monkeypatch.setattr(method, 'features', lambda *args: found.append(features(*args)) or found[-1])
-    scores = predict.label(config, clip, method, examples, frames[5:])
+    scores = predict.label(config, method, examples, predict.encode(config, clip, method, frames[5:]))
     if found:
         expected = vba_by_hand(found[0][0, :5], found[0][0, 5:], labels, 20.0)
         assert found[0].dtype == torch.float32
@@ -665,8 +664,10 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize('name', ['mean_pool', 'joint'])
-def test_report_of_clips(world, call, tmp_path, name):
-    """Each query beside the example that is nearest: a copy of one is nearest to this one."""
+def test_report_of_clips(world, call, tmp_path, monkeypatch, name):
+    """Each query beside the example that is nearest: a copy of one is nearest to this one. Each is encoded once."""
+    encoded = []
+    monkeypatch.setattr(predict, 'encode', lambda *args, encode=predict.encode: encoded.append(len(args[-1])) or encode(*args))
     (tmp_path / 'none.mp4').touch()
     shutil.copytree(world / 'examples', tmp_path / 'a <b> & c')
     copies = [tmp_path / f'copy_{label}.mp4' for label in ('blue', 'red')]
@@ -675,6 +676,7 @@ def test_report_of_clips(world, call, tmp_path, name):
     options = options_for(world, name) | dict(json=True, report=tmp_path / 'out' / 'report.html')
     options['support'] = tmp_path / 'a <b> & c'
     result = call(query=[str(path) for path in (*copies, tmp_path / 'none.mp4')], top=3, **options)
+    assert encoded[-1] == 2
     page = Page(tmp_path / 'out' / 'report.html')
     assert [f'/{label}/1.mp4' in ''.join(page.words) for label in ('blue', 'green', 'red')] == [True, False, True]
     widths = [float(bar['style'].split(':')[1].rstrip('%')) / 100 for bar in page.of('i')]

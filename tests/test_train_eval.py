@@ -34,7 +34,7 @@ import testing
 import train
 from clip_loader import CLIP
 from config import MACHINE, find_method, load_config, resolve
-from model import Episode, bring, look
+from model import CHUNK, Episode, bring, look
 from reader import ClipReader
 from tools import extract
 from tools.claim import claimed
@@ -133,7 +133,8 @@ def test_training_writes_what_it_promises(world, trained):
     assert [entry['iter'] for entry in log(out_dir)] == [2, 4, 6]
     rows = json.loads((out_dir / 'results.json').read_text())
     assert [(row['method'], row['shot']) for row in rows] == [
-        (method, shot) for shot in (1, 2) for method in ('mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive')]
+        (method, shot) for shot in (1, 2)
+        for method in ('mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive')]
     for row in rows:
         assert {'dataset', 'split', 'way', 'queries', 'episodes', 'episodes_hash', 'accuracy', 'ci95', 'frames', 'sampling',
                 'backbone', 'weights_hash', 'seed', 'seconds', 'missing'} <= set(row)
@@ -550,7 +551,8 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     torch.save(torch.load(tmp_path / 'run' / 'best.pt', weights_only=True), both[1])
     result = run(evaluation, world, f'--ckpt={both}', mine, '--test_shots=[1]', f'--out_dir={tmp_path / "both"}')
     together = rows_of(tmp_path / 'both')
-    assert [row['method'] for row in together] == ['mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
+    assert [row['method'] for row in together] == [
+        'mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
     assert together[:5] == rows_of(trained[0])[:5] and 'mine - vba joint' in result.output
 
 
@@ -578,9 +580,22 @@ def torchrun(world, script, *options, processes=2):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
 
 
+ENDING = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.main()
+names = [open(f'/proc/self/task/{{task}}/comm').read().strip() for task in os.listdir('/proc/self/task')]
+sys.exit(f'left: {{names}}' if any('gloo' in name for name in names) else 0)
+"""
+
+
 def test_two_processes_train_and_test_as_one(world, trained, tmp_path):
-    """The same episodes on two ranks: the same losses, weights and table up to rounding; resuming too."""
-    result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--max_iters=3')
+    """The same episodes on two ranks: the same losses, weights and table up to rounding; resuming too. No thread of gloo is
+    left at the end: one that drops the last tensor while Python ends would abort the process."""
+    (tmp_path / 'ending.py').write_text(ENDING)
+    result = torchrun(world, tmp_path / 'ending.py' if os.path.exists('/proc/self/task') else 'train.py',
+                      f'--out_dir={tmp_path}', '--max_iters=3')
     assert result.returncode == 0, result.stderr
     result = torchrun(world, 'train.py', f'--out_dir={tmp_path}', '--resume=True')
     assert result.returncode == 0 and result.stdout.count('validation') == 1, result.stderr
@@ -980,3 +995,83 @@ def test_probe_reverses_shuffles_and_stills_the_queries_alone(world, trained, mo
         plain, probed = asked['vba joint 1-shot'], asked[f'vba joint, queries {probe} 1-shot']
         assert (probed[:, :2] == plain[:, :2]).all() and (probed[:, 2:] == plain[:, 2:] + row).all() and not (plain % 4).any()
     reader.close()
+
+
+# ---- Other machines
+
+WINDOWS = '''
+import os, select, sys
+for module, names in ((os, ('fork', 'pread', 'posix_fallocate', 'sched_getaffinity', 'setsid', 'killpg')),
+                      (select, ('poll', 'epoll'))):
+    for name in names:
+        delattr(module, name)
+sys.modules['fcntl'] = None  # cannot be imported
+os.O_TEMPORARY, real_open, real_close, temporary = 1 << 30, os.open, os.close, {}
+
+def open_file(path, flags, *rest, **more):
+    file = real_open(path, flags & ~os.O_TEMPORARY, *rest, **more)
+    if flags & os.O_TEMPORARY:
+        temporary[file] = path
+    return file
+
+def close_file(file):
+    real_close(file)
+    if file in temporary:
+        os.remove(temporary.pop(file))
+
+os.open, os.close = open_file, close_file
+'''
+
+
+def test_without_what_posix_alone_has(world, tmp_path):
+    """As on Windows no fork, no fcntl, no poll, in this process and in all that it starts: training, a second one beside it,
+    kept frames and features, timelines."""
+    (tmp_path / 'sitecustomize.py').write_text(WINDOWS)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+
+    def call(*words):
+        return subprocess.run([sys.executable, *words, '--device=cpu', '--workers=1'], cwd=ROOT, env=environment, text=True,
+                              capture_output=True)
+
+    out_dir, sample = tmp_path / 'out', str(world / 'config.py')
+    options = [f'--cache_dir={tmp_path / "frames"}', f'--features_dir={tmp_path / "features"}']
+    result = call('train.py', sample, *options, f'--out_dir={out_dir}')
+    assert result.returncode == 0, result.stderr
+    run(train, world, *options, f'--out_dir={tmp_path / "here"}')
+    assert rows_of(out_dir) == rows_of(tmp_path / 'here') and not (out_dir / 'in_use').exists()
+    (out_dir / 'in_use').touch()
+    again = call('train.py', sample, f'--out_dir={out_dir}', '--resume=True')
+    assert again.returncode == 1 and again.stderr.endswith('--out_dir= names another folder.\n'), again.stderr
+    clips = world / 'clips'
+    answered = call('predict.py', f'--ckpt={out_dir / "best.pt"}', f'--support={clips}', '--window=0.5',
+                    f'--query={clips / "grow" / "0000.mp4"}')
+    assert answered.returncode == 0 and ' s   ' in answered.stdout, answered.stderr
+    assert 'Traceback' not in result.stderr + again.stderr + answered.stderr  # of a worker, say
+
+
+class AppleToCPU(torch.overrides.TorchFunctionMode):
+    """Puts on the CPU what is sent to 'mps'."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def here(x):
+            return 'cpu' if isinstance(x, (str, torch.device)) and str(x) == 'mps' else x
+
+        return function(*map(here, args), **{key: here(x) for key, x in (kwargs or {}).items()})
+
+
+def test_apples_device(world, trained, tmp_path, monkeypatch):
+    """On demand alone, in float32, not compiled; and nothing on the way takes what is not the CPU for CUDA."""
+    asked = [dict(load_config([str(world / 'config.py'), *words])) for words in ([], ['--device=mps'])]
+    with pytest.raises(SystemExit, match='--device=mps: PyTorch sees no such device here'):
+        resolve(dict(asked[1]))
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for config in asked:
+        resolve(config)
+    assert [config['device'] for config in asked] == ['cpu', 'mps'] and not asked[1]['compile']
+    assert asked[1]['dtype'] == 'float32' and {'cpu', 'cuda', 'mps'} == set(CHUNK) == set(testing.QUERY_BYTES)
+
+    monkeypatch.setattr(checkpoint, 'read_saved', lambda path, device, read=checkpoint.read_saved: read(path))
+    with AppleToCPU():
+        run(train, world, '--device=mps', f'--out_dir={tmp_path / "out"}')
+    assert rows_of(tmp_path / 'out') == rows_of(trained[0])

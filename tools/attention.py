@@ -83,12 +83,13 @@ def main():
     patches = [weight.unflatten(0, (len(frames), -1))[:, -grid ** 2:].unflatten(1, (grid, grid)).cpu().numpy()  # no class token
                for weight in weights]
     path = os.path.join(config['out_dir'], 'attention.png')
-    draw(frames, patches, dict(zip(split.classes, scores.tolist())), path)
+    pictures.save(draw(frames, patches, dict(zip(split.classes, scores.tolist()))), path)
     print(f'wrote {path}')
 
 
-def draw(frames, weights, scores, path):
-    """One clip's frames (T, 3, H, W) uint8 above each level's attention, a list of (T, grid, grid), and scores by class."""
+def draw(frames, weights, scores):
+    """One clip's frames (T, 3, H, W) uint8 above each level's attention, a list of (T, grid, grid), and scores by class -> a
+    figure."""
     levels, count = len(weights), len(frames)
     figure = pictures.plt.figure(figsize=(1.3 * count + 3.4, 1.3 * (levels + 1)))
     grid = figure.add_gridspec(levels + 1, count + 3, wspace=0.05, hspace=0.05)
@@ -117,7 +118,7 @@ def draw(frames, weights, scores, path):
     axes.set_yticks(range(len(best)), pictures.readable(name for name, _ in best))
     axes.yaxis.tick_right()
     axes.set(xlim=(0, 1), xlabel='score')
-    pictures.save(figure, path)
+    return figure
 
 
 if __name__ == '__main__':

@@ -454,7 +454,7 @@ def train(config):
     Without adapters also as with cache_prefix: from what the frozen tower showed. With the config's training clips: the same
     again and again from the cache of decoded frames, cropped anew, and others each time, decoded anew.
     """
-    clip, rows, device, cuda = checkpoint.load_clip(config), [], config['device'], config['device'] != 'cpu'
+    clip, rows, device, cuda = checkpoint.load_clip(config), [], config['device'], config['device'] == 'cuda'
     visual, dtype = clip.visual.to(device), getattr(torch, config['dtype'])
     videos = config['meta_batch'] * config['way'] * (config['shot'] + config['queries'])
     split = data.load_splits(config)['train'] if config['dataset'] and os.path.isdir(config['data_root']) else None

@@ -48,17 +48,17 @@ for (const stretch of document.querySelectorAll('.line b'))
 def page(config, examples, classes, size, rows, label):
     """Passes on what `labelled` of predict.py yields, then writes config['report'].
 
-    classes: the names of the N scores; size: of the model's frames; label: function (examples, clips (M, T, 3, H, W)) -> scores
-    (M, N).
+    classes: the names of the N scores; size: of the model's frames; label: function (examples, what is kept of M clips) ->
+    scores (M, N).
     """
     maker, windows, parts = ClipMaker(config, size), {}, []
     for row in rows:
         yield row
-        path, start, end, scores, clip = row
+        path, start, end, scores, clip, kept = row
         if isinstance(scores, str):
             parts.append(f'<section><h2>{text(path)}</h2><p class=error>{text(scores)}</section>')
         elif start is None:
-            parts.append(clip_part(examples, classes, maker, path, scores, clip, label))
+            parts.append(clip_part(examples, classes, maker, path, scores, clip, kept, label))
         else:
             windows.setdefault(path, []).append((start, end, scores))
     parts += [video_part(config, classes, path, spans) for path, spans in windows.items()]
@@ -69,8 +69,8 @@ def page(config, examples, classes, size, rows, label):
         file.write(content.encode(errors='replace'))
 
 
-def clip_part(examples, classes, maker, path, scores, clip, label):
-    """HTML of one clip (T, 3, H, W) uint8 and its scores (N,)."""
+def clip_part(examples, classes, maker, path, scores, clip, kept, label):
+    """HTML of one clip (T, 3, H, W) uint8, its scores (N,) and what is kept of it."""
     best = sorted(zip(scores, classes), reverse=True)[:BARS]
     bars = ''.join(f'<div class=bar>{text(name)}<span><i style="width:{100 * value:.1f}%"></i></span>{value:.3f}</div>'
                    for value, name in best)
@@ -78,7 +78,7 @@ def clip_part(examples, classes, maker, path, scores, clip, label):
     if len(examples['labels']):
         names = [examples['classes'][i] for i in examples['labels'].tolist()]
         alone = dict(examples, classes=names, labels=torch.arange(len(names)))  # each example a class of its own
-        i = label(alone, clip[None])[0].argmax().item()
+        i = label(alone, kept)[0].argmax().item()
         about = f'nearest example: {names[i]}, {os.path.relpath(examples["paths"][i])}'
         near = f'<figure>{frames_of(examples["paths"][i], maker)}<figcaption>{text(about)}</figcaption></figure>'
     return f'<section><h2>{text(path)}</h2><div class=columns><div>{picture(clip)}{bars}</div>{near}</div></section>'

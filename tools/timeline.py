@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from decode import Converter, UnreadableVideo, open_video
-from reader import ClipMaker
+from reader import START, ClipMaker
 
 WINDOW_LIMIT = 600  # seconds for a window, and before the first one for measuring the whole file
 
@@ -107,7 +107,7 @@ def windows(path, config, image_size):
 
 def windows_apart(path, config, image_size):
     """The same from a process of its own: a file that crashes the decoder, or on which it hangs, does no harm to this one."""
-    context = multiprocessing.get_context('forkserver')
+    context = multiprocessing.get_context(START)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=send_windows, args=(theirs, path, config, image_size), daemon=True)
     process.start()
