@@ -313,9 +313,10 @@ def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path, m
     first = run(evaluation, world, *options, f'--out_dir={tmp_path / "1"}')
     assert 'encoded 12 of 12 test videos' in first.output and rows_of(tmp_path / '1') == rows_of(trained[0])
     again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
-    assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[5:]
+    assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[6:]
     file, = tmp_path.glob('features_test_*.bin')
-    whole, sizes = file.read_bytes(), (128, 512, 128, 512, 4096)  # bytes a video: mean_pool, concat, zero_shot, vba (two)
+    sizes = (128, 512, 512, 128, 512, 4096)  # bytes a video: mean_pool, concat, changes, zero_shot, vba (two)
+    whole = file.read_bytes()
     assert len(whole) == 64 + 12 * sum(sizes) and whole[:12] == bytes([encoding.DONE] * 12)
     for undone in (slice(4, 8), slice(6, 7)):  # a block; a video, and with it its block
         broken, start = bytearray(whole), 64
@@ -339,7 +340,7 @@ def test_features_file_that_was_cut_off_is_no_whole_one(world, trained, tmp_path
     file.write_bytes(whole[:len(whole) // 12 * 7 + 5])
     cut = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}')
     assert 'encoded 0 of' not in cut.output
-    assert file.read_bytes() == whole and rows_of(tmp_path / '2') == rows_of(tmp_path / '1') == rows_of(trained[0])[5:]
+    assert file.read_bytes() == whole and rows_of(tmp_path / '2') == rows_of(tmp_path / '1') == rows_of(trained[0])[6:]
 
 
 def test_interrupted_encoding_goes_on(world, trained, tmp_path, monkeypatch):
@@ -348,7 +349,7 @@ def test_interrupted_encoding_goes_on(world, trained, tmp_path, monkeypatch):
     calls = itertools.count()
 
     def videos(*args, videos=encoding.videos):
-        if next(calls) == 4 * 2 + 1:  # of four methods, black frames once, then block by block
+        if next(calls) == 5 * 2 + 1:  # of five methods, black frames once, then block by block
             raise KeyboardInterrupt
         return videos(*args)
 
@@ -420,7 +421,7 @@ def test_several_checkpoints_give_each_and_all(world, trained, tmp_path):
         assert both['spread'] == pytest.approx(abs(one['accuracy'] - two['accuracy']) / 2 ** 0.5)
     assert result.output.count('2 checkpoints') == 2 and '3 checkpoints' not in result.output
     run(evaluation, world, f'--ckpt={tmp_path}/seed2/best.pt', '--test_shots=[1]', f'--out_dir={tmp_path / "alone"}')
-    assert rows_of(tmp_path / 'alone') == [rows_of(tmp_path)[i] for i in (0, 1, 2, 5, 6)]
+    assert rows_of(tmp_path / 'alone') == [rows_of(tmp_path)[i] for i in (0, 1, 2, 3, 6, 7)]
 
 
 def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, trained, tmp_path):
@@ -430,10 +431,10 @@ def test_checkpoints_of_different_options_meet_in_the_same_episodes(world, train
     folders = [trained[0], tmp_path / 'levels=1', tmp_path / 'frames=2']
     result = run(evaluation, world, f'--ckpt={[str(folder / "best.pt") for folder in folders]}', '--test_shots=[1]',
                  f'--out_dir={tmp_path}')
-    expected = rows_of(trained[0])[:5] + rows_of(folders[1])[3:] + rows_of(folders[2])[3:]
-    assert rows_of(tmp_path) == expected and [row['frames'] for row in expected] == [4] * 7 + [2] * 2
+    expected = rows_of(trained[0])[:6] + rows_of(folders[1])[4:] + rows_of(folders[2])[4:]
+    assert rows_of(tmp_path) == expected and [row['frames'] for row in expected] == [4] * 8 + [2] * 2
     assert len({row['episodes_hash'] for row in expected}) == 1 and result.output.count('encoded 12 of 12') == 2
-    assert result.output.count('(paired)') == 9 * 8 // 2 and 'checkpoints, spread' not in result.output
+    assert result.output.count('(paired)') == 10 * 9 // 2 and 'checkpoints, spread' not in result.output
     rows = json.loads((tmp_path / 'results.json').read_text())
     name = [row['method'] + (f' ({os.path.relpath(row["checkpoint"])})' if row['checkpoint'] else '') for row in rows]
     for i, j in itertools.combinations(range(9), 2):
@@ -536,8 +537,8 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     run(train, world, mine, '--width=16', '--max_iters=3', f'--out_dir={tmp_path / "run"}')
     rows = rows_of(tmp_path / 'run')
     assert [row['method'] for row in rows] == 2 * ['mean_pool', 'concat', 'changes', 'zero_shot', 'mine']
-    assert rows[3]['parameters'] == 33 * 16
-    assert not rows[3]['transductive'] and not rows[3]['text']
+    assert rows[4]['parameters'] == 33 * 16
+    assert not rows[4]['transductive'] and not rows[4]['text']
     ckpt = f'--ckpt={tmp_path / "run" / "best.pt"}'
     for options in ([], ['--method=vba']):
         refused = run(evaluation, world, ckpt, *options, f'--out_dir={tmp_path / "none"}', check=False)
@@ -553,7 +554,7 @@ def test_a_method_of_ones_own(world, trained, tmp_path):
     together = rows_of(tmp_path / 'both')
     assert [row['method'] for row in together] == [
         'mean_pool', 'concat', 'changes', 'zero_shot', 'vba joint', 'vba inductive', 'mine']
-    assert together[:5] == rows_of(trained[0])[:5] and 'mine - vba joint' in result.output
+    assert together[:6] == rows_of(trained[0])[:6] and 'mine - vba joint' in result.output
 
 
 def test_method_that_is_none_is_told(world, tmp_path):
