@@ -143,6 +143,10 @@ def test_vba_frames_gates_and_own_matching_by_hand():
     last = method.tokens[1](method.downs[1](seen[1])[:, :, 0])
     (x,) = method.video(*seen)
     torch.testing.assert_close(x, last)
+    method.gamma[1] = 9.0
+    (q,) = method.video(*seen)
+    method.gamma[1] = 0.1  # sigmoid(1) = 0.7311 of the query
+    torch.testing.assert_close(method.video(*seen)[0], 0.7311 * q + 0.2689 * last, rtol=1e-3, atol=1e-3)
     scores = method.scores((x,), episode(5))
     for m in (3, 4):
         matrix = (method.matching.weight @ (x[m].mean(0) + x[:3].mean((0, 1)))).view(4, 4)

@@ -12,7 +12,7 @@ import data
 import testing
 from config import DEFAULTS, ROOT
 from decode import Video
-from tools import open_set
+from tools import open_set, tables
 
 CONFIG = DEFAULTS | dict(device='cpu', dtype='float32', way=3, test_shots=[2], test_queries=2, test_episodes=40)
 
@@ -65,6 +65,25 @@ def test_the_threshold_comes_from_the_validation_classes(tmp_path, capsys):
     assert told['known_refused'] == 0 and told['unknown_refused'] == 100
     assert abs(blind['auroc'] - 50) < 12 and blind['unknown_refused'] < 25
     assert '3-way 2-shot' in capsys.readouterr().out
+
+
+def row_of(method, right):
+    """A row of a test of three classes, 2-way; right: of each episode which queries are."""
+    return dict(method=method, checkpoint=None, way=2, shot=1, episodes_hash='0', split='test', classes=['hop', 'run', 'sit'],
+                confusion=[[8, 2, 0], [5, 5, 0], [0, 0, 10]]), np.array(right, bool)
+
+
+def test_paired_differences_by_hand(capsys):
+    """Episodes with 1, 0.5 and 0 more right: a mean of a half, an interval of 1.96 * 0.5 / sqrt(3)."""
+    rows, rights = zip(row_of('one', [[0, 0], [1, 0], [1, 1]]), row_of('two', [[1, 1], [1, 1], [1, 1]]))
+    tables.print_pairs(rows, rights)
+    assert capsys.readouterr().out == '2-way 1-shot  two - one: +50.00 ± 56.58 points (paired)\n'
+
+
+def test_mistakes_are_of_other_classes(capsys):
+    tables.print_mistakes(row_of('one', [[1]])[0])
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        'run for hop: 50.0 % of its queries', 'hop for run: 20.0 % of its queries']
 
 
 def test_runs_side_by_side(tmp_path):
