@@ -310,9 +310,9 @@ def checked(key, value, default, choices, folder, source):
         sys.exit(f'{source}: holdout={value!r} must be shares of the videos, such as {default!r}.')
     if key == 'drops' and not all(type(step) is int and type(factor) in (int, float) for step, factor in value.items()):
         sys.exit(f'{source}: {key}={value!r} must be steps and factors, such as {{350: 0.1}}.')
-    if key in POSITIVE and value is not None and value <= 0:
+    if key in POSITIVE and value not in (None, default) and value <= 0:  # a method's own default may be 0
         sys.exit(f'{source}: {key}={value!r} must be positive.')
-    if key in NOT_NEGATIVE and value is not None and value < 0:
+    if key in NOT_NEGATIVE and value not in (None, default) and value < 0:
         sys.exit(f'{source}: {key}={value!r} must not be negative.')
     if key in PATHS and value is not None:
         value = each_text(lambda path: os.path.join(folder, os.path.expanduser(path)), value)

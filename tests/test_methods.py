@@ -64,7 +64,10 @@ def test_changes_by_hand():
     moved = torch.stack([clip - clip.mean(0) for clip in frames])
     support = torch.stack([moved[0], (moved[1] + moved[2]) / 2]).flatten(1)
     expected = F.cosine_similarity(moved[3:].flatten(1)[:, None], support[None], dim=-1).float()
-    torch.testing.assert_close(method.scores(method.video(7 * frames), episode(5))[0] / 100, expected)
+    torch.testing.assert_close(method.scores(method.video(7 * frames), episode(5))[0] / 20, expected)
+    _, start = built('changes', layer=16)  # as it starts, the layer changes nothing
+    torch.testing.assert_close(start.scores(start.video(frames.float()), episode(5)),
+                               method.scores(method.video(frames.float()), episode(5)))
 
 
 def test_matrix_by_hand():
