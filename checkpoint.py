@@ -200,7 +200,7 @@ def whole(path, mode='w'):
             yield file
         os.replace(path + '.tmp', path)
     except OSError as error:
-        sys.exit(f'Cannot write {path}: {error.strerror}.')
+        sys.exit(f'Cannot write {path}: {error.strerror or error}.')
 
 
 def save_json(path, content):

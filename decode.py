@@ -240,7 +240,7 @@ def may_hide(source):
     if codec == 'vp9':  # the same, split off from the superframe of the next one
         return any(end[0] & 0b1010 == 0 and end[-1] >> 5 != 0b110 for end in ends)
     sizes = {end[4:7] for end in ends if codec in MPEG and end[:4] == SEQUENCE}
-    return len(sizes) > 1  # where the size changes a frame is lost
+    return len(sizes) > 1  # where the size changes a frame is lost (as rarely where progressive_sequence does, unseen here)
 
 
 def entries(source):
@@ -273,7 +273,7 @@ def decode_some(source, wanted, convert):
     targets, pictures, latest, end = set(wanted), {}, -float('inf'), -1
     # hevc: a picture that its own temporal layer does not refer to may be referred to by a higher one, if there is any
     record = codec.extradata or b''
-    one_layer = codec.name == 'hevc' and record[:1] == b'\1' and record[21] >> 3 & 7 == 1
+    one_layer = codec.name == 'hevc' and record[:1] == b'\1' and len(record) > 21 and record[21] >> 3 & 7 == 1
     skip = 'NONREF' if one_layer or codec.name in ('h264', *MPEG) else 'DEFAULT'
 
     def feed(packet):

@@ -508,8 +508,8 @@ class VBA(nn.Module):
         return self.temp * cosine(query, support)
 
     def scores(self, kept, episode):
-        """The logarithm of (3.10), a class's mean score, but for what (3.7) divides the scores of all classes by: so that it
-        does not depend on the others. argmax is (3.11), cross-entropy -log(K * avg_score(true class))."""
+        """The logarithm of (3.10), a class's mean score, but for what (3.7) divides the scores of all classes by: where no
+        video sees another it depends on no other class. argmax is (3.11)."""
         return class_scores(self.similarities(kept, episode), episode)
 
     def loss(self, kept, episode):

@@ -23,8 +23,8 @@ class Method(nn.Module):
         return (F.normalize(self.layer(image).float().mean(1), dim=-1),)
 
     def scores(self, kept, episode):
-        """Of a class's probability: softmax over all supports (3.7), summed over those of the class, the logarithm but for what
-        all classes are divided by."""
+        """The logarithm of a class's probability, softmax over all supports (3.7) summed over its own, but for the divisor that
+        all classes share."""
         support, query = episode.split(episode.take(kept[0]))
         similarity = self.temp * cosine(query, support)  # (E, M, S)
         shots = F.one_hot(episode.labels, episode.classes.shape[1]).sum(0)  # (N,)

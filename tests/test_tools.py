@@ -12,7 +12,7 @@ import data
 import testing
 from config import DEFAULTS, ROOT
 from decode import Video
-from tools import open_set, tables
+from tools import open_set, plot, tables
 
 CONFIG = DEFAULTS | dict(device='cpu', dtype='float32', way=3, test_shots=[2], test_queries=2, test_episodes=40)
 
@@ -84,6 +84,17 @@ def test_mistakes_are_of_other_classes(capsys):
     tables.print_mistakes(row_of('one', [[1]])[0])
     assert [line.strip() for line in capsys.readouterr().out.splitlines()[1:]] == [
         'run for hop: 50.0 % of its queries', 'hop for run: 20.0 % of its queries']
+
+
+def test_runs_of_one_name_are_drawn_each(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot.pictures, 'curves', lambda logs, out: drawn.extend(logs.values()))
+    for name in ('a', 'b'):
+        (tmp_path / name / 'seed0').mkdir(parents=True)
+        (tmp_path / name / 'seed0' / 'log.jsonl').touch()
+    monkeypatch.setattr(sys, 'argv', ['plot.py', str(tmp_path / 'a' / 'seed0'), str(tmp_path / 'b' / 'seed0')])
+    plot.main()
+    assert len(set(drawn)) == 2
 
 
 def test_runs_side_by_side(tmp_path):

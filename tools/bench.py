@@ -62,7 +62,7 @@ OPTIONS = dict(
     clip='random:ViT-B/32',    # weights, or a geometry with random ones
 )
 NAMES = [str(i) for i in range(64)]  # of the training classes
-CALLS = dict(cpu=1, cuda=10)  # steps in a turn
+CALLS = dict(cpu=1, cuda=10, mps=1)  # steps in a turn
 SIDE, FRAMES = 256, 8  # what `decode` reads: 8 frames, one a segment, short side 256
 
 

@@ -8,8 +8,8 @@ NO_FAULTS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # of the program
 
 
 def begin():
-    """What every script does first: it says its last words in a sentence, prints file names that are no UTF-8 as they are, and
-    goes on where nobody reads any more."""
+    """What every script with options does first: it says its last words in a sentence, prints file names that are no UTF-8 as
+    they are, and goes on where nobody reads any more."""
     sys.excepthook = in_a_sentence
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='surrogateescape')

@@ -6,7 +6,8 @@ validation classes fall below. That is what `predict.py --unknown=<threshold>` t
 
 The raw score, not its lead over the second class, nor the softmax: these depend on which and how many the other classes are,
 and so a threshold found on 5 ways would mean something else on 3 or 20. Where an episode's videos see each other, or its scores
-are shares among its classes (clip_fsar, ts_fsar, vba_frames with a fixed matrix), it holds for as many ways and shots alone.
+are shares among its classes (clip_fsar, ts_fsar, vba_frames with a fixed matrix), it holds for as many ways and shots alone;
+that of matching for as many shots.
 
 In reading order: draw, best_scores (queries and their scores), auroc, test.
 """

@@ -10,10 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from testing import line  # noqa: E402
-from tools import pictures  # noqa: E402
+from tools import console, pictures  # noqa: E402
 
 
 def main():
+    console.begin()
     options = [arg for arg in sys.argv[1:] if arg.startswith('--')]
     folders = [arg for arg in sys.argv[1:] if os.path.exists(os.path.join(arg, 'log.jsonl'))]
     if not folders or any(not option.startswith('--out=') for option in options):
@@ -25,7 +26,7 @@ def main():
         if os.path.exists(results):
             with open(results, encoding='utf-8') as file:
                 print(*(f'  {line(row)}' for row in json.load(file) if row['checkpoint']), sep='\n')
-    logs = {os.path.basename(os.path.normpath(folder)): os.path.join(folder, 'log.jsonl') for folder in folders}
+    logs = {os.path.normpath(folder): os.path.join(folder, 'log.jsonl') for folder in folders}
     pictures.curves(logs, out)
     print(f'wrote {out}')
 
