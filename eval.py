@@ -11,6 +11,7 @@ tools/tables.py what is told of its rows.
 import json
 import os
 import sys
+from contextlib import closing
 from functools import reduce
 
 import numpy as np
@@ -80,11 +81,8 @@ def encode_all(config, found, split):
             trained = {key: saved['config'][key] for key in ('shot', 'per_class')}
             methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
         clip.to(config['device'])
-        reader = ClipReader(first, clip.visual.image_size)
-        try:
+        with closing(ClipReader(first, clip.visual.image_size)) as reader:
             methods, read = testing.encode(first, clip, methods, split, reader)
-        finally:
-            reader.close()
         tested += methods
         rows.append(read)
     return tested, reduce(np.intersect1d, rows)

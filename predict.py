@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import sys
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -250,8 +251,7 @@ def main():
             sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
     clip.to(config['device'])
 
-    reader = ClipReader(config, clip.visual.image_size)
-    try:
+    with closing(ClipReader(config, clip.visual.image_size)) as reader:
         made = checkpoint.fingerprint(config, clip, method)
         if config['closed_set']:
             examples = own_classes(config, method)
@@ -277,8 +277,6 @@ def main():
             by_method = functools.partial(label, config | dict(unknown=None), method)
             scored = report.page(config, examples, classes, size, scored, by_method)
         failed = answer(config, classes, scored, name)
-    finally:
-        reader.close()
     if failed:
         sys.exit(f'{len(failed)} of {len(paths)} queries could not be read.')
 

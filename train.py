@@ -328,8 +328,7 @@ def run(config):
             checkpoint.save(path, method, clip, config, state=state, optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict())
 
-    reader = ClipReader(config, clip.visual.image_size)
-    try:
+    with contextlib.closing(ClipReader(config, clip.visual.image_size)) as reader:
         val_kept, val_episodes, val_way = validation_of(config, clip, method.sees, val, reader)
         jobs = jobs_of(config, train, sizes, state['iter'])
         batches = (batches_kept if config['cache_prefix'] else batches_of)(config, clip, method.sees, train, reader, jobs)
@@ -390,8 +389,6 @@ def run(config):
         if rank == 0:
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)
             pictures.curves({'': os.path.join(out_dir, 'log.jsonl')}, os.path.join(out_dir, 'curve.png'))
-    finally:
-        reader.close()
 
 
 def main():
