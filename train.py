@@ -221,25 +221,12 @@ def resume(config, path, method, clip, optimizer, scaler, state):
     print(f'resumed at step {state["iter"]}')
 
 
-def sent(numbers):
-    """Numbers of a step, on their way to the CPU -> a function that waits for this step alone, not for later ones, and gives
-    them."""
-    if numbers.device.type != 'cuda':
-        return numbers.tolist
-    there, arrived = torch.empty_like(numbers, device='cpu', pin_memory=True), torch.cuda.Event()
-    there.copy_(numbers, non_blocking=True)
-    arrived.record()
-
-    def read():
-        arrived.synchronize()
-        return there.tolist()
-    return read
-
-
-def settle(state, split, skips, number, read, indices):
-    """Adds loss, accuracy and signals of step `number`, as `sent` gives them, to the state -> whether a signal came. Ends where
-    the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
-    loss, accuracy, stopped = read()
+def settle(state, split, skips, number, numbers, arrived, indices):
+    """Adds the `numbers` of step `number`, on the CPU once `arrived`, to the state -> whether a signal came. Ends where the loss
+    is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
+    if arrived:
+        arrived.synchronize()  # waits for this step alone, not for later ones
+    loss, accuracy, stopped = numbers.tolist()
     state['skipped'] = 0 if math.isfinite(loss) else state['skipped'] + 1
     if 0 < state['skipped'] <= skips:
         return stopped > 0
@@ -345,7 +332,9 @@ def run(config):
                 update(config, method, optimizer, scaler, state['iter'])
                 state['iter'] += 1
                 numbers = ranks.add_up(F.pad(numbers, (0, 1), value=len(stop))) / world
-                unsettled.append((state['iter'], sent(numbers), indices))
+                numbers = numbers.to('cpu', non_blocking=cuda)
+                arrived = torch.cuda.current_stream().record_event() if cuda else None
+                unsettled.append((state['iter'], numbers, arrived, indices))
 
                 logs = state['iter'] % config['log_interval'] == 0
                 validates = state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']

@@ -700,11 +700,11 @@ def test_steps_that_a_scaler_leaves_out_do_not_count_until_they_are_too_many():
     state, split = dict(loss=0.0, correct=0.0, steps=0), SimpleNamespace(videos=[SimpleNamespace(path='a.mp4')])
     for number, loss in enumerate([1.0, math.nan, math.inf, 2.0, math.nan, math.nan]):
         numbers = [loss, 0.5, number == 1]
-        stopped = train.settle(state, split, 2, number, numbers.copy, np.zeros(1, int))
+        stopped = train.settle(state, split, 2, number, torch.tensor(numbers), None, np.zeros(1, int))
         assert stopped == (number == 1)
     assert (state['loss'], state['correct'], state['steps']) == (3.0, 1.0, 2)
     with pytest.raises(SystemExit, match='The loss is nan at step 6.*a.mp4'):
-        train.settle(state, split, 2, 6, lambda: [math.nan, 0.5, 0.0], np.zeros(1, int))
+        train.settle(state, split, 2, 6, torch.tensor([math.nan, 0.5, 0.0]), None, np.zeros(1, int))
 
 
 @pytest.mark.cuda
