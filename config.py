@@ -171,9 +171,8 @@ def load_config(argv, own=None, saved=None, script=None):
         for title, section in dict(data=DATA, look=LOOK, training=TRAINING, test=TESTING, machine=MACHINE).items():
             print_options(title, {key: section[key] for key in section if key not in (own or {}) | options}, __file__)
         sys.exit()
-    defaults.update(options)
-    config = dict(defaults)
-    config.update({key: value for key, value in (saved or {}).items() if key in defaults})
+    defaults |= options
+    config = defaults | {key: value for key, value in (saved or {}).items() if key in defaults}
     for settings, folder, source in layers:
         for key, value in unfold(settings, defaults, name_of(name)).items():
             if key not in defaults:

@@ -118,7 +118,7 @@ def list_videos(config):
         by_class.setdefault(plain(row[0]), []).append(row)
     if config['closed_set']:
         return closed_set(config, by_class, names)
-    return {split: (*gather(split, classes, by_class, names),) for split, classes in split_classes(config, by_class).items()}
+    return {split: gather(split, classes, by_class, names) for split, classes in split_classes(config, by_class).items()}
 
 
 def closed_set(config, by_class, names):
@@ -135,11 +135,8 @@ def closed_set(config, by_class, names):
     classes = parts.get('train') or [rows[0][0] for rows in by_class.values()]
     gather('train', classes, by_class, names)  # stops at a class that has no video
     told = {row[3] for rows in by_class.values() for row in rows} - {None}
-    found = {split: {} for split in SPLITS}
-    for name in classes:
-        for split, rows in divided(config, by_class[plain(name)], told).items():
-            found[split][plain(name)] = rows
-    splits = {split: gather(split, classes, found[split], names) for split in SPLITS}
+    parted = {plain(name): divided(config, by_class[plain(name)], told) for name in classes}
+    splits = {split: gather(split, classes, {key: rows[split] for key, rows in parted.items()}, names) for split in SPLITS}
     return splits | {UNSEEN: gather(UNSEEN, parts.get('test', []), by_class, names)}
 
 

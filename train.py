@@ -207,7 +207,7 @@ def validation_of(config, clip, sees, split, reader):
 
 def resume(config, path, method, clip, optimizer, scaler, state):
     """Goes on from a checkpoint, bit for bit. Stops where its options were others."""
-    saved = checkpoint.load(path, trusted=config['method'])
+    saved = checkpoint.load(path, config['method'])
     before = saved['config']
     changed = [key for key in checkpoint.training_options(config) if before[key] != config[key]]
     if changed:
@@ -222,8 +222,8 @@ def resume(config, path, method, clip, optimizer, scaler, state):
 
 
 def settle(state, split, skips, number, numbers, arrived, indices):
-    """Adds the `numbers` of step `number`, on the CPU once `arrived`, to the state -> whether a signal came. Ends where the loss
-    is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
+    """Adds a step's loss, accuracy and signals, on the CPU once they `arrived`, to the state -> whether a signal came. Ends
+    where the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
     if arrived:
         arrived.synchronize()  # waits for this step alone, not for later ones
     loss, accuracy, stopped = numbers.tolist()
@@ -368,7 +368,7 @@ def run(config):
 
         # the test is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt
-            checkpoint.restore(method, clip, checkpoint.load(best, config['device'], config['method']), best)
+            checkpoint.restore(method, clip, checkpoint.load(best, config['method']), best)
             tested = testing.untrained(config, clip, test.classes)
         tested.append(testing.Tested(config, method, clip.weights_hash, best, config['dataset']))
         rows = []

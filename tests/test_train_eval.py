@@ -1072,7 +1072,6 @@ def test_apples_device(world, trained, tmp_path, monkeypatch):
     assert [config['device'] for config in asked] == ['cpu', 'mps'] and not asked[1]['compile']
     assert asked[1]['dtype'] == 'float32' and {'cpu', 'cuda', 'mps'} == set(CHUNK) == set(testing.QUERY_BYTES)
 
-    monkeypatch.setattr(checkpoint, 'read_saved', lambda path, device, read=checkpoint.read_saved: read(path))
     with AppleToCPU():
         run(train, world, '--device=mps', f'--out_dir={tmp_path / "out"}')
     assert rows_of(tmp_path / 'out') == rows_of(trained[0])
