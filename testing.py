@@ -257,13 +257,6 @@ def row_of(config, each, name, split, sizes, true, guessed, right):
         class_mean=float(np.mean([x for x in per_class if x is not None])))
 
 
-def size_of(row):
-    """What a row answers, in words."""
-    if 'views' not in row:
-        return f'{row["shot"]}-shot'
-    return 'unseen classes' if row['split'] == data.UNSEEN else 'closed set'
-
-
 def line(row):
     """One row of the table, for people."""
     runs = f' ({len(row["checkpoint"])} checkpoints, spread {row["spread"]:.2f})' if 'spread' in row else ''
