@@ -24,8 +24,6 @@ import json
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import zlib
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from functools import cached_property
 import numpy as np
 
 from decode import IMAGES, VIDEOS, Video, stamp
+from tools.fetch import prepare
 from tools.lists import read_list
 
 SPLITS = ('train', 'val', 'test')
@@ -174,20 +173,6 @@ def gather(split, classes, by_class, names):
                      else f'the data has {len(by_class)} classes, such as {next(iter(by_class.values()))[0][0]!r}.'))
         listed += [(label, *row[1:3]) for row in by_class[plain(name)]]
     return [f'{name} {names[name]}' if name in names else str(name) for name in classes], listed
-
-
-def prepare(config):
-    """Makes the data where the config names a script for it (the demo), whole or not at all; else says what to fetch."""
-    root, script = config['data_root'].rstrip('/'), config['prepare']
-    if not script:
-        sys.exit(f'There is no folder {root}.\n' + (config['fetch'] or 'Set data_root to the folder that holds the videos.'))
-    print(f'{root} is not there: running {script} to make it.', flush=True)
-    part = root + '.part'
-    shutil.rmtree(part, ignore_errors=True)
-    path, *options = script.split(' --')
-    if subprocess.run([sys.executable, path, '--out', part, *(f'--{option}' for option in options)]).returncode:
-        sys.exit(f'{script} failed, so there is no data in {root}: see its message above.')
-    os.replace(part, root)
 
 
 def list_folders(root, above=()):
