@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -89,26 +90,23 @@ def encode(config, clip, tested, split, reader):
     in Kept."""
     split = data.views(split, config['views'], config['crops'])
     sees = list(dict.fromkeys(what for each in tested for what in each.method.sees))
-    orders, owners = orders_of(config), []
+    orders, counts = orders_of(config), []
     for each in tested:
         each.method.eval()
 
     def make(seen):
         found = []
-        owners.clear()  # of each tensor that is kept, whose it is
-        for i, each in enumerate(tested):
+        for each in tested:
             own = [seen[sees.index(what)] for what in each.method.sees]
             by_order = [encoding.videos(config, each.method, [x[:, order] for x in own]) for order in orders]
-            for parts in zip(*by_order):
-                found.append(torch.stack(parts, 1))  # (n, orders, ...)
-                owners.append(i)
-        return found
+            found.append([torch.stack(parts, 1) for parts in zip(*by_order)])  # each (n, orders, ...)
+        counts[:] = map(len, found)  # the tensors of each method
+        return sum(found, [])
 
     about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
     kept = encoding.keep(config, clip, split, reader, sees, make, about)
-    encoded = [each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i])
-               for i, each in enumerate(tested)]
-    return encoded, kept.rows
+    tensors = (x.flatten(0, 1) for x in kept.tensors)
+    return [each._replace(tensors=list(itertools.islice(tensors, n))) for each, n in zip(tested, counts)], kept.rows
 
 
 @torch.no_grad()
