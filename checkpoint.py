@@ -169,8 +169,7 @@ def fingerprint(config, clip, method=None):
 
 def sources(path):
     """A method's file, and those of methods/ that it imports from."""
-    with open(path, encoding='utf-8') as file:
-        borrowed = re.findall(r'^from methods\.(\w+) import', file.read(), re.M)
+    borrowed = re.findall(r'^from methods\.(\w+) import', Path(path).read_text(encoding='utf-8'), re.M)
     return [path, *(each for name in borrowed for each in sources(os.path.join(ROOT, 'methods', f'{name}.py')))]
 
 
