@@ -127,16 +127,15 @@ def closed_set(config, by_class, names):
     """
     if not all(isinstance(part, list) for part in (config['splits'] or {}).values()):
         sys.exit('splits: with closed_set=True holdout gives the shares; splits may only name classes.')
-    parts = {split: flat(part) for split, part in (config['splits'] or {}).items()}
-    check_names(parts)
+    parts = named(config['splits'] or {})
     if any(isinstance(rows[0][0], int) for rows in by_class.values()):
         sys.exit('annotations: a list gives numbers for the classes and none gives names: add one, such as classInd.txt.')
-    classes = parts.get('train') or [rows[0][0] for rows in by_class.values()]
+    classes = parts['train'] or [rows[0][0] for rows in by_class.values()]
     gather('train', classes, by_class, names)  # stops at a class that has no video
     told = {row[3] for rows in by_class.values() for row in rows} - {None}
     parted = {plain(name): divided(config, by_class[plain(name)], told) for name in classes}
     splits = {split: gather(split, classes, {key: rows[split] for key, rows in parted.items()}, names) for split in SPLITS}
-    return splits | {UNSEEN: gather(UNSEEN, parts.get('test', []), by_class, names)}
+    return splits | {UNSEEN: gather(UNSEEN, parts['test'], by_class, names)}
 
 
 def divided(config, rows, told):
@@ -226,19 +225,18 @@ def split_classes(config, by_class):
         splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
         for split, dealt in splits.items():
             print(f'Split {split}, {len(dealt)} classes: {", ".join(map(str, dealt))}', flush=True)
-    splits = {split: flat(names) for split, names in splits.items()}
-    check_names(splits)
-    return {split: splits.get(split, []) for split in SPLITS}
+    return named(splits)
 
 
-def check_names(splits):
-    """Stops where {split: class names} holds a class twice."""
-    seen = {}
-    for split, names in splits.items():
+def named(splits):
+    """The splits of the configuration -> {split: class names}, of all three. Stops where a class stands twice."""
+    found, seen = {split: flat(splits.get(split, [])) for split in SPLITS}, {}
+    for split, names in found.items():
         for name in names:
             if plain(name) in seen:
                 sys.exit(f'splits: class {name!r} stands in {seen[plain(name)]} and in {split}.')
             seen[plain(name)] = split
+    return found
 
 
 def flat(names):
