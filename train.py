@@ -29,7 +29,7 @@ import data
 import encoding
 import ranks
 import testing
-from config import amp, find_method, load_config, resolve
+from config import amp, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
@@ -284,13 +284,10 @@ def run(config):
     for use in ('val', 'test'):
         data.try_episodes(config, use, splits[use])
     sizes = data.try_episodes(config, 'train', train)[0]
-    tests = [test]
-    if config['closed_set']:
-        unseen = splits[data.UNSEEN]
-        if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
-            checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
-            tests.append(unseen)
-    method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
+    method, tests = checkpoint.build(config, clip, train.classes).to(config['device']).train(), [test]
+    if config['closed_set'] and getattr(method, 'text', False) and splits[data.UNSEEN].videos:
+        checkpoint.build(config, clip, splits[data.UNSEEN].classes)  # stops here if it cannot read a name
+        tests.append(splits[data.UNSEEN])
     clip.to(config['device'])
     check_room(config, method)
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
