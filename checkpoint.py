@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -73,11 +74,11 @@ def save(path, method, clip, config, **more):
         torch.save(content, file)
 
 
-def load(path, device='cpu', trusted=None):
+def load(path, trusted=None):
     """The dict that `save` wrote, its config as `saved_config` gives it. Stops with one sentence when there is none or it is no
     checkpoint, or where its method is a file that is neither this repository's nor `trusted`."""
     try:
-        checkpoint = read_saved(path, device)
+        checkpoint = read_saved(path)
         checkpoint['model'], checkpoint['weights_hash'], checkpoint['names'], checkpoint['config']['method']
     except FileNotFoundError:
         sys.exit(f'There is no checkpoint {path}; train.py writes best.pt and last.pt into its out_dir.')
@@ -159,23 +160,16 @@ def fingerprint(config, clip, method=None):
     keys = (*LOOK, 'test_sampling', 'dtype', 'seed')
     found = dict({key: config[key] for key in keys}, weights=clip.weights_hash, act=clip.act, image_size=clip.visual.image_size)
     if method is not None:
-        digest = hashlib.sha256()
-        for name, value in trainable_state(method).items():
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
         files += sources(find_method(config['method'])[1])
         found |= dict(method=name_of(config['method']), names=method.names, templates=config['templates'],
-                      parameters=digest.hexdigest(), **{key: config[key] for key in options_of(config)})
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, 'rb') as file:
-            digest.update(file.read())
-    return found | dict(code=digest.hexdigest())
+                      parameters=clip_loader.weights_hash(trainable_state(method)),
+                      **{key: config[key] for key in options_of(config)})
+    return found | dict(code=hashlib.sha256(b''.join(Path(file).read_bytes() for file in files)).hexdigest())
 
 
 def sources(path):
     """A method's file, and those of methods/ that it imports from."""
-    with open(path, encoding='utf-8') as file:
-        borrowed = re.findall(r'^from methods\.(\w+) import', file.read(), re.M)
+    borrowed = re.findall(r'^from methods\.(\w+) import', Path(path).read_text(encoding='utf-8'), re.M)
     return [path, *(each for name in borrowed for each in sources(os.path.join(ROOT, 'methods', f'{name}.py')))]
 
 

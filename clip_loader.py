@@ -53,10 +53,6 @@ class CLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
             nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def encode_image(self, images):
-        """Normalised images (B, 3, H, W) -> features (B, embed_dim)."""
-        return self.visual(images)
-
     def encode_text(self, tokens):
         """Token ids (B, context_length), end-of-text the largest id -> features (B, embed_dim)."""
         causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
@@ -121,14 +117,14 @@ def load_clip(source, act=None, image_size=None, norm='clip'):
     check(state, expected, source)
     clip.load_state_dict({name: x.float().contiguous() for name, x in state.items()}, assign=True)
     clip.eval().requires_grad_(False)
-    clip.visual.norm, clip.act, clip.weights_hash = norm, act, weights_hash(clip.visual)
+    clip.visual.norm, clip.act, clip.weights_hash = norm, act, weights_hash(clip.visual.state_dict())
     return clip
 
 
-def weights_hash(module):
-    """SHA-256 over a module's float32 parameters, sorted by name: the same for the same weights, however they were stored."""
+def weights_hash(state):
+    """SHA-256 over a state dict in float32, sorted by name: the same for the same weights, however they were stored."""
     digest = hashlib.sha256()
-    for name, x in sorted(module.state_dict().items()):
+    for name, x in sorted(state.items()):
         digest.update(name.encode() + x.float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -166,14 +166,13 @@ def load_config(argv, own=None, saved=None, script=None):
     options, choices = getattr(method, 'options', {}), CHOICES | getattr(method, 'choices', {})
     if '--help' in argv:
         print(script.__doc__)
-        print_options('of this script', own or {}, script.__file__)
-        print_options(f'of the method {name_of(name)}', options, file)
+        console.print_options('of this script', own or {}, script.__file__)
+        console.print_options(f'of the method {name_of(name)}', options, file)
         for title, section in dict(data=DATA, look=LOOK, training=TRAINING, test=TESTING, machine=MACHINE).items():
-            print_options(title, {key: section[key] for key in section if key not in (own or {}) | options}, __file__)
+            console.print_options(title, {key: section[key] for key in section if key not in (own or {}) | options}, __file__)
         sys.exit()
-    defaults.update(options)
-    config = dict(defaults)
-    config.update({key: value for key, value in (saved or {}).items() if key in defaults})
+    defaults |= options
+    config = defaults | {key: value for key, value in (saved or {}).items() if key in defaults}
     for settings, folder, source in layers:
         for key, value in unfold(settings, defaults, name_of(name)).items():
             if key not in defaults:
@@ -242,17 +241,6 @@ def unfold(settings, defaults, method):
             if key in defaults or key not in (method, *methods()) or not isinstance(value, dict)}
     own = settings.get(method)
     return flat | own if isinstance(own, dict) else flat
-
-
-def print_options(title, section, file):
-    """A section's options as they stand in a file, with their comments."""
-    if not section:
-        return
-    with open(file, encoding='utf-8') as source:
-        comments = dict(re.findall(r'^ +(\w+)=.*?,  +# (.*)$', source.read(), re.M))
-    print(f'\nOptions, {title}:')
-    for key, value in section.items():
-        print(f'  --{key + "=" + str(value):26} {comments.get(key, "")}')
 
 
 def read_sample(path):

@@ -24,8 +24,6 @@ import json
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import zlib
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from functools import cached_property
 import numpy as np
 
 from decode import IMAGES, VIDEOS, Video, stamp
+from tools.fetch import prepare
 from tools.lists import read_list
 
 SPLITS = ('train', 'val', 'test')
@@ -118,7 +117,7 @@ def list_videos(config):
         by_class.setdefault(plain(row[0]), []).append(row)
     if config['closed_set']:
         return closed_set(config, by_class, names)
-    return {split: (*gather(split, classes, by_class, names),) for split, classes in split_classes(config, by_class).items()}
+    return {split: gather(split, classes, by_class, names) for split, classes in split_classes(config, by_class).items()}
 
 
 def closed_set(config, by_class, names):
@@ -128,19 +127,15 @@ def closed_set(config, by_class, names):
     """
     if not all(isinstance(part, list) for part in (config['splits'] or {}).values()):
         sys.exit('splits: with closed_set=True holdout gives the shares; splits may only name classes.')
-    parts = {split: flat(part) for split, part in (config['splits'] or {}).items()}
-    check_names(parts)
+    parts = named(config['splits'] or {})
     if any(isinstance(rows[0][0], int) for rows in by_class.values()):
         sys.exit('annotations: a list gives numbers for the classes and none gives names: add one, such as classInd.txt.')
-    classes = parts.get('train') or [rows[0][0] for rows in by_class.values()]
+    classes = parts['train'] or [rows[0][0] for rows in by_class.values()]
     gather('train', classes, by_class, names)  # stops at a class that has no video
     told = {row[3] for rows in by_class.values() for row in rows} - {None}
-    found = {split: {} for split in SPLITS}
-    for name in classes:
-        for split, rows in divided(config, by_class[plain(name)], told).items():
-            found[split][plain(name)] = rows
-    splits = {split: gather(split, classes, found[split], names) for split in SPLITS}
-    return splits | {UNSEEN: gather(UNSEEN, parts.get('test', []), by_class, names)}
+    parted = {plain(name): divided(config, by_class[plain(name)], told) for name in classes}
+    splits = {split: gather(split, classes, {key: rows[split] for key, rows in parted.items()}, names) for split in SPLITS}
+    return splits | {UNSEEN: gather(UNSEEN, parts['test'], by_class, names)}
 
 
 def divided(config, rows, told):
@@ -177,20 +172,6 @@ def gather(split, classes, by_class, names):
                      else f'the data has {len(by_class)} classes, such as {next(iter(by_class.values()))[0][0]!r}.'))
         listed += [(label, *row[1:3]) for row in by_class[plain(name)]]
     return [f'{name} {names[name]}' if name in names else str(name) for name in classes], listed
-
-
-def prepare(config):
-    """Makes the data where the config names a script for it (the demo), whole or not at all; else says what to fetch."""
-    root, script = config['data_root'].rstrip('/'), config['prepare']
-    if not script:
-        sys.exit(f'There is no folder {root}.\n' + (config['fetch'] or 'Set data_root to the folder that holds the videos.'))
-    print(f'{root} is not there: running {script} to make it.', flush=True)
-    part = root + '.part'
-    shutil.rmtree(part, ignore_errors=True)
-    path, *options = script.split(' --')
-    if subprocess.run([sys.executable, path, '--out', part, *(f'--{option}' for option in options)]).returncode:
-        sys.exit(f'{script} failed, so there is no data in {root}: see its message above.')
-    os.replace(part, root)
 
 
 def list_folders(root, above=()):
@@ -244,19 +225,18 @@ def split_classes(config, by_class):
         splits = {split: sorted(names.pop() for _ in range(sizes.get(split, 0))) for split in SPLITS}
         for split, dealt in splits.items():
             print(f'Split {split}, {len(dealt)} classes: {", ".join(map(str, dealt))}', flush=True)
-    splits = {split: flat(names) for split, names in splits.items()}
-    check_names(splits)
-    return {split: splits.get(split, []) for split in SPLITS}
+    return named(splits)
 
 
-def check_names(splits):
-    """Stops where {split: class names} holds a class twice."""
-    seen = {}
-    for split, names in splits.items():
+def named(splits):
+    """The splits of the configuration -> {split: class names}, of all three. Stops where a class stands twice."""
+    found, seen = {split: flat(splits.get(split, [])) for split in SPLITS}, {}
+    for split, names in found.items():
         for name in names:
             if plain(name) in seen:
                 sys.exit(f'splits: class {name!r} stands in {seen[plain(name)]} and in {split}.')
             seen[plain(name)] = split
+    return found
 
 
 def flat(names):

@@ -4,13 +4,14 @@
     python eval.py --ckpt='runs/diving48_*/best.pt'                               several, of one method or of many
     python eval.py sample_configs/diving48.py                                     the rows for which nothing is trained
 
-In reading order: load_episodes, save_episodes; encode_all (every checkpoint); main. testing.py holds the test itself,
-tools/tables.py what is told of its rows.
+In reading order: encode_all (every checkpoint), main. testing.py holds the test itself, tools/tables.py what is told of its
+rows, tools/episodes.py the file of --episodes_file.
 """
 
 import json
 import os
 import sys
+from contextlib import closing
 from functools import reduce
 
 import numpy as np
@@ -22,7 +23,7 @@ import testing
 from config import LOOK, resolve
 from encoding import subset
 from reader import ClipReader
-from tools import open_set, pictures, tables
+from tools import episodes, open_set, pictures, tables
 
 OPTIONS = dict(
     ckpt=None,                 # a checkpoint, several as a list, or a pattern in quotes; None: the rows without training alone
@@ -30,37 +31,6 @@ OPTIONS = dict(
     open_set=False,            # instead: are queries of other classes told from those of an episode's, and by which threshold
     probe=False,               # also test with the queries' frames reversed, shuffled, or the middle one repeated
 )
-
-
-def load_episodes(path, videos):
-    """The lists that save_episodes wrote, {(way, shot, queries): indices into videos.videos}."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            saved = json.load(file)
-        place = {name: i for i, name in enumerate(testing.names_of(videos))}
-        if len(place) < len(videos.videos):
-            sys.exit(f'{path} cannot be used: videos of one class in different folders have the same name.')
-        missing = [name for name in saved['videos'] if name not in place]
-        if missing:
-            sys.exit(f'The episodes of {path} need {len(missing)} videos that cannot be read here, such as {missing[0]!r}.')
-        order = np.array([place[name] for name in saved['videos']])
-        lists = {(each['way'], each['shot'], each['queries']): order[np.array(each['episodes'])] for each in saved['lists']}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        sys.exit(f'{path} is no file of --episodes_file: {type(error).__name__}: {error}')
-    group = {label: i for i, labels in enumerate(videos.groups) for label in labels}
-    for (way, shot, _), episodes in lists.items():
-        for number, classes in enumerate(testing.ways_of(videos, episodes, way, shot)[1] if group else ()):
-            if len({group[label] for label in classes}) != (way if number % 2 else 1):
-                sys.exit(f'{path} was not drawn by the groups that splits has now: episode {number} is not '
-                         f'{"across groups" if number % 2 else "within one group"}.')
-    return lists
-
-
-def save_episodes(path, videos, lists):
-    """JSON, dict(videos=[name, ...], lists=[dict(way=, shot=, queries=, episodes=[[index of a name, ...], ...]), ...])."""
-    checkpoint.save_json(path, dict(videos=testing.names_of(videos), lists=[
-        dict(way=way, shot=shot, queries=queries, episodes=episodes.tolist())
-        for (way, shot, queries), episodes in lists.items()]))
 
 
 def encode_all(config, found, split):
@@ -80,11 +50,8 @@ def encode_all(config, found, split):
             trained = {key: saved['config'][key] for key in ('shot', 'per_class')}
             methods.append(testing.Tested(own | trained, method, clip.weights_hash, path, saved['config']['dataset']))
         clip.to(config['device'])
-        reader = ClipReader(first, clip.visual.image_size)
-        try:
+        with closing(ClipReader(first, clip.visual.image_size)) as reader:
             methods, read = testing.encode(first, clip, methods, split, reader)
-        finally:
-            reader.close()
         tested += methods
         rows.append(read)
     return tested, reduce(np.intersect1d, rows)
@@ -105,7 +72,7 @@ def main():
     listed = config['episodes_file']
     given = listed and os.path.exists(listed)
     if given:
-        load_episodes(listed, split)  # stops here if it is none
+        episodes.load(listed, split)  # stops here if it is none
     else:
         data.try_episodes(config, 'test', split)
     checkpoint.make_folder(config['out_dir'])
@@ -115,7 +82,7 @@ def main():
         return ranks.end()
     tested, rows_of_videos = encode_all(config, found, split)
     readable = None if config['closed_set'] else subset(split, rows_of_videos)
-    lists = load_episodes(listed, readable) if given else None
+    lists = episodes.load(listed, readable) if given else None
     rows, rights, used = testing.evaluate(config, tested, split, rows_of_videos, lists)
     if not rows:
         sys.exit('No method here can answer with these classes.')
@@ -128,7 +95,7 @@ def main():
         path = os.path.join(config['out_dir'], name)
         checkpoint.save_json(path, rows)  # before anything that may go wrong
         if listed and not given:
-            save_episodes(listed, readable, used)
+            episodes.save(listed, readable, used)
             print(f'wrote the episodes into {listed}')
         tables.print_pairs(rows[:len(rights)], rights)
         plain = [row for row in rows if ', queries' not in row['method']][-1]

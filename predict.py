@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import sys
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -180,12 +181,15 @@ def whole_clips(paths, reader):
 
 def labelled(clips, encode, label):
     """(path, start, end, clip or a word), ... -> (path, start, end, N scores or the word, clip, what is kept of it), ..."""
-    while batch := list(itertools.islice(clips, BATCH)):
-        good = [clip for *_, clip in batch if not isinstance(clip, str)]
-        kept = encode(torch.stack(good)) if good else []
-        scored = zip(label(kept).tolist(), good, zip(*(x.split(1) for x in kept))) if good else None
-        for *where, clip in batch:
-            yield *where, *((clip, None, None) if isinstance(clip, str) else next(scored))
+    for unread, run in itertools.groupby(clips, lambda row: isinstance(row[3], str)):
+        if unread:
+            yield from ((*row, None, None) for row in run)
+            continue
+        while batch := list(itertools.islice(run, BATCH)):
+            kept = encode(torch.stack([clip for *_, clip in batch]))
+            for i, (row, scores) in enumerate(zip(batch, label(kept).tolist())):
+                path, start, end, clip = row
+                yield path, start, end, scores, clip, [x[i:i + 1] for x in kept]
 
 
 # ---- Answers
@@ -250,8 +254,7 @@ def main():
             sys.exit(f'method={config["method"]} must be trained: --ckpt= names its checkpoint.')
     clip.to(config['device'])
 
-    reader = ClipReader(config, clip.visual.image_size)
-    try:
+    with closing(ClipReader(config, clip.visual.image_size)) as reader:
         made = checkpoint.fingerprint(config, clip, method)
         if config['closed_set']:
             examples = own_classes(config, method)
@@ -277,8 +280,6 @@ def main():
             by_method = functools.partial(label, config | dict(unknown=None), method)
             scored = report.page(config, examples, classes, size, scored, by_method)
         failed = answer(config, classes, scored, name)
-    finally:
-        reader.close()
     if failed:
         sys.exit(f'{len(failed)} of {len(paths)} queries could not be read.')
 

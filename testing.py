@@ -3,8 +3,7 @@
     draw_episodes, hash_of      which episodes
     Tested, untrained, encode   methods, and what they keep of the test's videos
     answers, validate           methods label queries
-    evaluate, line              the table, and
-    evaluate_closed             that of single videos among all classes
+    lists_of, evaluate, line    the table
 """
 
 import hashlib
@@ -67,6 +66,8 @@ def untrained(config, clip, names, more=()):
     rows = ([] if config['closed_set'] else ['mean_pool', 'concat', 'changes']) + (['zero_shot'] if clip.vocab_size else [])
     for name in dict.fromkeys((*rows, *more)):
         own = config | dict(method=name)
+        if name in rows:
+            own |= checkpoint.options_of(own)  # as it is by default, whatever the same name means to the method beside it
         try:
             method = checkpoint.build(own, clip, names)
         except SystemExit as error:
@@ -91,26 +92,23 @@ def encode(config, clip, tested, split, reader):
     in Kept."""
     split = data.views(split, config['views'], config['crops'])
     sees = list(dict.fromkeys(what for each in tested for what in each.method.sees))
-    orders, owners = orders_of(config), []
+    orders, counts = orders_of(config), []
     for each in tested:
         each.method.eval()
 
     def make(seen):
         found = []
-        owners.clear()  # of each tensor that is kept, whose it is
-        for i, each in enumerate(tested):
+        for each in tested:
             own = [seen[sees.index(what)] for what in each.method.sees]
             by_order = [encoding.videos(config, each.method, [x[:, order] for x in own]) for order in orders]
-            for parts in zip(*by_order):
-                found.append(torch.stack(parts, 1))  # (n, orders, ...)
-                owners.append(i)
-        return found
+            found.append([torch.stack(parts, 1) for parts in zip(*by_order)])  # each (n, orders, ...)
+        counts[:] = map(len, found)  # the tensors of each method
+        return sum(found, [])
 
     about = [orders, *(checkpoint.fingerprint(each.config, clip, each.method) for each in tested)]
     kept = encoding.keep(config, clip, split, reader, sees, make, about)
-    encoded = [each._replace(tensors=[x.flatten(0, 1) for x, owner in zip(kept.tensors, owners) if owner == i])
-               for i, each in enumerate(tested)]
-    return encoded, kept.rows
+    tensors = (x.flatten(0, 1) for x in kept.tensors)
+    return [each._replace(tensors=list(itertools.islice(tensors, n))) for each, n in zip(tested, counts)], kept.rows
 
 
 @torch.no_grad()
@@ -178,104 +176,85 @@ def validate(config, method, kept, way, episodes):
 
 # ---- The table
 
-def evaluate(config, tested, split, rows_of_videos, lists=None):
-    """The table: every method on the same episodes of a split's videos, for each of test_ways and test_shots; in a closed set
-    on these videos themselves.
-
-    rows_of_videos: which of the split's videos could be read, and lie there in the methods' tensors; lists: {(way, shot,
-    queries): episodes of these} to use, else they are drawn by the seed. Returns the rows, a list of dicts as results.json
-    holds them; for each row which queries were right, (episodes, M); and the lists.
-    """
+def lists_of(config, split, given):
+    """The test's episodes -> {(way, shot, queries): indices into split.videos (count, B)}, drawn by the seed if there are none
+    `given`; of a closed set {(): each video alone, (V, 1)}."""
     if config['closed_set']:
-        return (*evaluate_closed(config, tested, split, rows_of_videos), {})
-    missing, split = len(split.videos) - len(rows_of_videos), encoding.subset(split, rows_of_videos)
-    rows, rights, used = [], [], {}
-    copies = len(orders_of(config))
+        return {(): np.arange(len(split.videos))[:, None]}
+    lists = {}
     for asked in data.sizes_of(config, 'test', split):
         way, shot, queries = sizes = data.fit_episode(config, split, *asked)
-        if sizes in used:  # lowered to the same
-            continue
-        if lists and sizes not in lists:
+        if given and sizes not in given:
             sys.exit(f'{config["episodes_file"]} has no {way}-way {shot}-shot episodes with {queries} queries a class, only '
-                     + ', '.join(map(str, lists)) + ' (way, shot, queries).')
-        episodes = used[sizes] = lists[sizes] if lists else draw_episodes(
-            split, *sizes, config['seed'], config['test_episodes'])
-        labels, classes, ways = ways_of(split, episodes, way, shot)
-        true = split.labels[episodes[:, way * shot:]]
-        about = dict(way=way, shot=shot, queries=queries, episodes=len(episodes), episodes_hash=hash_of(split, episodes),
-                     missing=missing)
-        for each in tested:
-            transductive = getattr(each.method, 'transductive', False)
-            modes = dict(joint=True, inductive=False) if transductive else {'': False}
-            for (mode, joint), probe in itertools.product(modes.items(), range(copies)):
-                if probe and mode == 'inductive':
-                    continue
-                name = f'{name_of(each.config["method"])} {mode}'.rstrip() + (f', queries {PROBES[probe - 1]}' if probe else '')
-                began, index = time.time(), rows_of_videos[episodes] * copies
-                index[:, way * shot:] += probe  # the queries' frames in another order
-                found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint,
-                                f'{name} {shot}-shot')
-                right = found == ways
-                rows.append(row_of(config, each, name, split, true, np.take_along_axis(classes, found, 1)) | dict(
-                    **about, **accuracies(right, split.groups), transductive=joint, seconds=time.time() - began))
-                rights.append(right)
-                print(line(rows[-1]), flush=True)
-    return rows, rights, used
+                     + ', '.join(map(str, given)) + ' (way, shot, queries).')
+        lists[sizes] = given[sizes] if given else draw_episodes(split, *sizes, config['seed'], config['test_episodes'])
+    return lists
 
 
-def evaluate_closed(config, tested, split, rows_of_views):
-    """The table of a closed set: each video of a split among all its classes, the answers to its views averaged.
+def asked_of(config, each):
+    """The rows of a Tested -> [(name, whether queries see each other, the queries' place in `orders_of`), ...]."""
+    name, probes = name_of(each.config['method']), PROBES if config.get('probe') else ()
+    joint = getattr(each.method, 'transductive', False) and not config['closed_set']
+    first = f'{name} joint' if joint else name
+    rows = [(first, joint, 0)] + [(f'{first}, queries {probe}', joint, i) for i, probe in enumerate(probes, 1)]
+    return rows + [(f'{name} inductive', False, 0)] if joint else rows
 
-    rows_of_views: which views could be read, as data.views lists them. Returns rows and, of each, which videos were right
-    (V, 1), as `evaluate`; top5: whose class is among the five best; class_mean: the mean over classes.
+
+def evaluate(config, tested, split, rows_of_views, lists=None):
+    """The table: every method on the same episodes of a split's videos, for each of test_ways and test_shots; in a closed set
+    on each video among all classes, the answers to its views averaged.
+
+    rows_of_views: which views, as data.views lists them, could be read, and lie there in the methods' tensors; lists: {(way,
+    shot, queries): episodes} to use. Returns the rows, a list of dicts as results.json holds them; for each row which queries
+    were right, (episodes, M); and the lists.
     """
-    views = config['views'] * config['crops']
+    closed, views, orders = config['closed_set'], config['views'] * config['crops'], len(orders_of(config))
     whole = np.flatnonzero(np.bincount(rows_of_views // views) == views)  # videos all of whose views could be read
     missing, split = len(split.videos) - len(whole), encoding.subset(split, whole)
-    index = whole[:, None] * views + np.arange(views)  # (V, views)
-    rows, rights, copies = [], [], len(orders_of(config))
-    labels, classes, true = ways_of(split, np.arange(len(index))[:, None])
-    best = min(5, len(split.classes))
-    about = dict(way=len(split.classes), queries=1, episodes=len(index), views=views,
-                 episodes_hash=hash_of(split, np.arange(len(index))), missing=missing)
-    for each, probe in itertools.product(tested, range(copies)):
-        name = name_of(each.config['method']) + (f', queries {PROBES[probe - 1]}' if probe else '')
-        if not getattr(each.method, 'text', False) and each.method.names != split.classes:
-            print(f'no row {name}: it answers with the classes that it was trained on alone.')
-            continue
-        began = time.time()
-        found = answers(config, each.method, each.tensors, index * copies + probe, labels, classes, split.classes, False,
-                        name, best)
-        row = row_of(config, each, name, split, true, found[:, :1])
-        (accuracy, ci95), (top5, top5_ci95) = interval((found == true)[:, 0]), interval((found == true).any(1))
-        rows.append(row | dict(
-            **about, shot=each.config['per_class'] if each.checkpoint else 0, transductive=False,
-            accuracy=accuracy, ci95=ci95, top5=top5, top5_ci95=top5_ci95,
-            class_mean=float(np.mean([x for x in row['per_class'] if x is not None])), seconds=time.time() - began))
-        rights.append(found[:, :1] == true)
-        print(line(rows[-1]), flush=True)
-    return rows, rights
+    rows, rights, lists = [], [], lists_of(config, split, lists)
+    for sizes, episodes in lists.items():
+        labels, classes, ways = ways_of(split, episodes, *sizes[:2])
+        seen = (whole[episodes][..., None] * views + np.arange(views)).reshape(len(episodes), -1)
+        about = dict(episodes=len(episodes), episodes_hash=hash_of(split, episodes), missing=missing)
+        for each in tested:
+            if closed and not getattr(each.method, 'text', False) and each.method.names != split.classes:
+                print(f'no row {name_of(each.config["method"])}: it answers with the classes that it was trained on alone.')
+                continue
+            for name, joint, order in asked_of(config, each):
+                began, index = time.time(), seen * orders
+                index[:, len(labels):] += order
+                found = answers(config, each.method, each.tensors, index, labels, classes, split.classes, joint, name,
+                                best=min(5, len(split.classes)) if closed else 0)
+                true, guessed = (np.take_along_axis(classes, x, 1) for x in (ways, found))
+                right = guessed[:, :true.shape[1]] == true
+                rows.append(about | row_of(config, each, name, split, sizes, true, guessed, right)
+                            | dict(transductive=joint, seconds=time.time() - began))
+                rights.append(right)
+                print(line(rows[-1]), flush=True)
+    return rows, rights, lists
 
 
-def row_of(config, each, name, split, true, guessed):
-    """What all rows say: of a Tested, and of the classes that its queries have and that it gives them, (count, M) each."""
-    right, confusion = guessed == true, np.zeros((len(split.classes),) * 2, int)
-    np.add.at(confusion, (true, guessed), 1)
-    return dict(
+def row_of(config, each, name, split, sizes, true, guessed, right):
+    """What a row says: of a Tested; of the classes of its queries (count, M), those that it gives them and whether these are
+    right. In a closed set also top5, whose class is among the best that it gives, and class_mean, the mean over classes."""
+    confusion = np.zeros((len(split.classes),) * 2, int)
+    np.add.at(confusion, (true, guessed[:, :true.shape[1]]), 1)
+    per_class = [100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))]
+    row = dict(
         method=name, checkpoint=each.checkpoint, dataset=config['dataset'], split=split.name, sampling=config['test_sampling'],
         seed=config['seed'], videos=len(split.videos), classes=split.classes, text=getattr(each.method, 'text', False),
         tuned='pixels' in each.method.sees, parameters=sum(p.numel() for p in each.method.parameters() if p.requires_grad),
         frames=each.config['frames'], backbone=os.path.basename(each.config['clip']), weights_hash=each.weights_hash,
         trained_on=each.trained_on, train_shot=each.config['shot'] if each.checkpoint else None,
-        selection='val' if each.checkpoint else None, confusion=confusion.tolist(),
-        per_class=[100 * right[true == c].mean() if (true == c).any() else None for c in range(len(split.classes))])
-
-
-def size_of(row):
-    """What a row answers, in words."""
-    if 'views' not in row:
-        return f'{row["shot"]}-shot'
-    return 'unseen classes' if row['split'] == data.UNSEEN else 'closed set'
+        selection='val' if each.checkpoint else None, confusion=confusion.tolist(), per_class=per_class,
+        **accuracies(right, split.groups))
+    if sizes:
+        return row | dict(zip(('way', 'shot', 'queries'), sizes))
+    top5, top5_ci95 = interval((guessed == true).any(1))
+    return row | dict(
+        way=len(split.classes), shot=each.config['per_class'] if each.checkpoint else 0, queries=1,
+        views=config['views'] * config['crops'], top5=top5, top5_ci95=top5_ci95,
+        class_mean=float(np.mean([x for x in per_class if x is not None])))
 
 
 def line(row):

@@ -29,7 +29,7 @@ import data
 import encoding
 import ranks
 import testing
-from config import amp, find_method, load_config, resolve
+from config import amp, load_config, resolve
 from model import Episode, Step, joined, look
 from reader import ClipReader
 from tools import pictures
@@ -207,7 +207,7 @@ def validation_of(config, clip, sees, split, reader):
 
 def resume(config, path, method, clip, optimizer, scaler, state):
     """Goes on from a checkpoint, bit for bit. Stops where its options were others."""
-    saved = checkpoint.load(path, trusted=config['method'])
+    saved = checkpoint.load(path, config['method'])
     before = saved['config']
     changed = [key for key in checkpoint.training_options(config) if before[key] != config[key]]
     if changed:
@@ -221,25 +221,12 @@ def resume(config, path, method, clip, optimizer, scaler, state):
     print(f'resumed at step {state["iter"]}')
 
 
-def sent(numbers):
-    """Numbers of a step, on their way to the CPU -> a function that waits for this step alone, not for later ones, and gives
-    them."""
-    if numbers.device.type != 'cuda':
-        return numbers.tolist
-    there, arrived = torch.empty_like(numbers, device='cpu', pin_memory=True), torch.cuda.Event()
-    there.copy_(numbers, non_blocking=True)
-    arrived.record()
-
-    def read():
-        arrived.synchronize()
-        return there.tolist()
-    return read
-
-
-def settle(state, split, skips, number, read, indices):
-    """Adds loss, accuracy and signals of step `number`, as `sent` gives them, to the state -> whether a signal came. Ends where
-    the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
-    loss, accuracy, stopped = read()
+def settle(state, split, skips, number, numbers, arrived, indices):
+    """Adds a step's loss, accuracy and signals, on the CPU once they `arrived`, to the state -> whether a signal came. Ends
+    where the loss is not finite; with `skips`, where it is not several times in a row: GradScaler left such a step out."""
+    if arrived:
+        arrived.synchronize()  # waits for this step alone, not for later ones
+    loss, accuracy, stopped = numbers.tolist()
     state['skipped'] = 0 if math.isfinite(loss) else state['skipped'] + 1
     if 0 < state['skipped'] <= skips:
         return stopped > 0
@@ -297,13 +284,10 @@ def run(config):
     for use in ('val', 'test'):
         data.try_episodes(config, use, splits[use])
     sizes = data.try_episodes(config, 'train', train)[0]
-    tests = [test]
-    if config['closed_set']:
-        unseen = splits[data.UNSEEN]
-        if getattr(find_method(config['method'])[0], 'text', False) and unseen.videos:
-            checkpoint.build(config, clip, unseen.classes)  # stops here if it cannot read a name
-            tests.append(unseen)
-    method = checkpoint.build(config, clip, train.classes).to(config['device']).train()
+    method, tests = checkpoint.build(config, clip, train.classes).to(config['device']).train(), [test]
+    if config['closed_set'] and getattr(method, 'text', False) and splits[data.UNSEEN].videos:
+        checkpoint.build(config, clip, splits[data.UNSEEN].classes)  # stops here if it cannot read a name
+        tests.append(splits[data.UNSEEN])
     clip.to(config['device'])
     check_room(config, method)
     print('\n'.join(f'{key} = {value!r}' for key, value in config.items() if key != 'splits'))
@@ -328,8 +312,7 @@ def run(config):
             checkpoint.save(path, method, clip, config, state=state, optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict())
 
-    reader = ClipReader(config, clip.visual.image_size)
-    try:
+    with contextlib.closing(ClipReader(config, clip.visual.image_size)) as reader:
         val_kept, val_episodes, val_way = validation_of(config, clip, method.sees, val, reader)
         jobs = jobs_of(config, train, sizes, state['iter'])
         batches = (batches_kept if config['cache_prefix'] else batches_of)(config, clip, method.sees, train, reader, jobs)
@@ -346,7 +329,9 @@ def run(config):
                 update(config, method, optimizer, scaler, state['iter'])
                 state['iter'] += 1
                 numbers = ranks.add_up(F.pad(numbers, (0, 1), value=len(stop))) / world
-                unsettled.append((state['iter'], sent(numbers), indices))
+                numbers = numbers.to('cpu', non_blocking=cuda)
+                arrived = torch.cuda.current_stream().record_event() if cuda else None
+                unsettled.append((state['iter'], numbers, arrived, indices))
 
                 logs = state['iter'] % config['log_interval'] == 0
                 validates = state['iter'] % config['eval_interval'] == 0 or state['iter'] == config['max_iters']
@@ -380,7 +365,7 @@ def run(config):
 
         # the test is read once, here
         with ranks.rank_0_first():  # it may still be writing best.pt
-            checkpoint.restore(method, clip, checkpoint.load(best, config['device'], config['method']), best)
+            checkpoint.restore(method, clip, checkpoint.load(best, config['method']), best)
             tested = testing.untrained(config, clip, test.classes)
         tested.append(testing.Tested(config, method, clip.weights_hash, best, config['dataset']))
         rows = []
@@ -390,8 +375,6 @@ def run(config):
         if rank == 0:
             checkpoint.save_json(os.path.join(out_dir, 'results.json'), rows)
             pictures.curves({'': os.path.join(out_dir, 'log.jsonl')}, os.path.join(out_dir, 'curve.png'))
-    finally:
-        reader.close()
 
 
 def main():

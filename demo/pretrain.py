@@ -98,7 +98,7 @@ def train(out, steps, batch, lr, warmup=100, save_every=100):
     for step, (pixels, tokens, label) in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
             group['lr'] = lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        image, text = clip.encode_image(pixels), clip.encode_text(tokens)
+        image, text = clip.visual(pixels), clip.encode_text(tokens)
         loss, hit = clip_loss(image, text, clip.logit_scale.exp())
         (seen, hits), (told, _) = word_loss(read(image), label), word_loss(read(text), label)
         optimizer.zero_grad()
@@ -133,7 +133,7 @@ def evaluate(path, n=2048, among=64):
     clip = load_clip(path)
     frames, captions = stills(np.random.default_rng(2), n)
     words = [re.fullmatch(PATTERN, caption).groupdict() for caption in captions]
-    image = torch.cat([clip.encode_image(images(part)) for part in np.split(frames, n // among)])
+    image = torch.cat([clip.visual(images(part)) for part in np.split(frames, n // among)])
 
     def text(captions):
         tokens = TOKENIZER(captions, SIZES['context_length'])

@@ -164,7 +164,7 @@ def test_loaded_clip_computes_the_same(clip, state, tmp_path):
     torch.save(state, tmp_path / 'x.pt')
     loaded = load_clip(str(tmp_path / 'x.pt'))
     images, tokens = torch.randn(2, 3, 32, 32), Tokenizer()(['a', 'b c'], 24)
-    assert torch.equal(loaded.encode_image(images), clip.encode_image(images))
+    assert torch.equal(loaded.visual(images), clip.visual(images))
     assert torch.equal(loaded.encode_text(tokens), clip.encode_text(tokens))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -322,9 +322,9 @@ def test_activation(state, tmp_path):
     path = tmp_path / 'x.pt'
     torch.save(state, path)
     images = torch.randn(1, 3, 32, 32)
-    quick, plain = (load_clip(str(path), act).encode_image(images) for act in ('quick_gelu', 'gelu'))
+    quick, plain = (load_clip(str(path), act).visual(images) for act in ('quick_gelu', 'gelu'))
     assert not torch.allclose(quick, plain, atol=1e-4)
-    assert load_clip(str(path)).act == 'quick_gelu' and torch.equal(load_clip(str(path)).encode_image(images), quick)
+    assert load_clip(str(path)).act == 'quick_gelu' and torch.equal(load_clip(str(path)).visual(images), quick)
     for name, content, act in [('config.json', {'vision_config': {'hidden_act': 'gelu'}}, 'gelu'),
                                ('config.json', {'hidden_act': 'gelu'}, 'gelu'), ('config.json', ['other'], 'quick_gelu'),
                                ('open_clip_config.json', {'model_cfg': {'embed_dim': 512}}, 'gelu'),
@@ -362,7 +362,7 @@ def test_other_resolution(grid):
 def test_load_at_another_resolution(state, tmp_path):
     torch.save(state, tmp_path / 'x.pt')
     clip = load_clip(str(tmp_path / 'x.pt'), image_size=48)
-    assert clip.visual.image_size == 48 and clip.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 16)
+    assert clip.visual.image_size == 48 and clip.visual(torch.zeros(1, 3, 48, 48)).shape == (1, 16)
     assert equal(load_clip(str(tmp_path / 'x.pt'), image_size=32), state)
     with pytest.raises(ValueError, match='no multiple'):
         load_clip(str(tmp_path / 'x.pt'), image_size=50)

@@ -82,7 +82,7 @@ def test_features_equal_open_clip(open_clip, tmp_path, patch_size, layers):
     torch.save(model.state_dict(), tmp_path / 'x.pt')
     clip = load_clip(str(tmp_path / 'x.pt'))
     images = torch.randn(2, 3, 224, 224)
-    same(clip.encode_image(images), model.encode_image(images))
+    same(clip.visual(images), model.encode_image(images))
     same(clip.encode_text(tokens()), model.encode_text(tokens()))
 
 
@@ -91,8 +91,8 @@ def test_gelu_equals_open_clip(open_clip, tmp_path):
     model = open_clip_model(open_clip, 32, 2, quick_gelu=False)
     torch.save(model.state_dict(), tmp_path / 'x.pt')
     images = torch.randn(2, 3, 224, 224)
-    same(load_clip(str(tmp_path / 'x.pt'), 'gelu').encode_image(images), model.encode_image(images))
-    assert (load_clip(str(tmp_path / 'x.pt')).encode_image(images) - model.encode_image(images)).abs().max() > 1e-3
+    same(load_clip(str(tmp_path / 'x.pt'), 'gelu').visual(images), model.encode_image(images))
+    assert (load_clip(str(tmp_path / 'x.pt')).visual(images) - model.encode_image(images)).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_resolution_equals_open_clip(open_clip, tmp_path):
     open_clip.model.resize_pos_embed(state, model)
     model.load_state_dict(state)
     images = torch.randn(2, 3, 256, 256)
-    same(load_clip(str(tmp_path / 'x.pt'), image_size=256).encode_image(images), model.encode_image(images))
+    same(load_clip(str(tmp_path / 'x.pt'), image_size=256).visual(images), model.encode_image(images))
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def test_features_equal_transformers(tmp_path, patch_size, layers, act):
     clip = load_clip(str(tmp_path / 'model.safetensors'))
     images = torch.randn(2, 3, 224, 224)
     assert clip.act == act
-    same(clip.encode_image(images), model.get_image_features(images).pooler_output)
+    same(clip.visual(images), model.get_image_features(images).pooler_output)
     same(clip.encode_text(tokens()), model.get_text_features(tokens()).pooler_output)
 
 

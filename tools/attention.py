@@ -7,6 +7,7 @@ Writes attention.png beside the checkpoint.
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,8 @@ def main():
         frames = ClipMaker(own | dict(cache_gb=0.0, cache_dir=None), clip.visual.image_size).clip(Video(config['draw']), None)
     except UnreadableVideo as error:
         sys.exit(f'--draw: {error}')
-    reader = ClipReader(own, clip.visual.image_size)
-    try:
+    with closing(ClipReader(own, clip.visual.image_size)) as reader:
         shown = encoding.keep_seen(own | dict(features_dir=None), clip, examples, reader, model.sees)
-    finally:
-        reader.close()
     kept = encoding.videos(own, model, [x[shown.rows] for x in shown.tensors])
     labels = torch.from_numpy(shown.split.labels).to(own['device'])
     with amp(own):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import closing
 from fractions import Fraction
 
 import av
@@ -69,15 +70,12 @@ def check(config):
         file = open(verdict_file(config), 'a', encoding='ascii')
     except OSError as error:
         sys.exit(f'Cannot write {verdict_file(config)} ({error.strerror}): set cache_dir to a folder that can be written.')
-    reader = ClipReader(config | dict(workers=config['workers'] or None, resize=config['resize'] or 256), 1)
-    try:
+    with closing(ClipReader(config | dict(workers=config['workers'] or None, resize=config['resize'] or 256), 1)) as reader:
         with file:
             for video, frames, note, problem in tqdm(reader.check(todo), 'videos', len(todo), disable=not todo):
                 verdict = verdicts[found[video]] = frames, note, problem and problem.removeprefix(video.path + ': ')
                 file.write('\n' + json.dumps([found[video], *verdict]))
                 file.flush()
-    finally:
-        reader.close()
 
     print(f'split    classes  listed   found missing unreadable damaged  below {config["frames"]} frames')
     bad, splits = [], {}
@@ -134,15 +132,12 @@ def contact_sheet(config, path):
     """Writes a PNG of training and then of test clips as the model sees them, one a row."""
     splits, size = load_splits(config), checkpoint.load_clip(config).visual.image_size
     shown, names = [], []
-    reader = ClipReader(config, size)
-    try:
+    with closing(ClipReader(config, size)) as reader:
         for split in [splits[name] for name in ('train', 'test') if splits[name].videos]:
             clips = [i for members in split.members[:config['way']] for i in members[:2]]
             frames, indices = next(reader.stream(split, [(0, clips)], split.name == 'train'))
             shown.append(frames)
             names += [f'{split.classes[split.labels[i]]} ({split.name})' for i in indices]
-    finally:
-        reader.close()
     rows = torch.cat(shown).permute(0, 3, 1, 4, 2).reshape(len(names) * size, -1, 3).contiguous().numpy()  # (n H, T W, 3)
     codec = av.CodecContext.create('png', 'w')
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *rows.shape[:2], 'rgb24', Fraction(1, 25)

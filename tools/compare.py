@@ -23,8 +23,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint  # noqa: E402
 from config import find_method, load_config, name_of  # noqa: E402
-from testing import size_of  # noqa: E402
 from tools import pictures  # noqa: E402
+from tools.tables import size_of  # noqa: E402
 
 OPTIONS = dict(
     seeds=1,                   # trainings of each row: with the seeds 0, 1, ...

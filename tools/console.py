@@ -1,7 +1,8 @@
-"""What a script says where it cannot go on saying it, or cannot go on at all."""
+"""What a script says of its options, where it cannot go on saying it, or cannot go on at all."""
 
 import contextlib
 import errno
+import re
 import sys
 
 NO_FAULTS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # of the program
@@ -28,6 +29,17 @@ def in_a_sentence(kind, error, trace):
               'it; `python tools/bench.py memory` counts how much.', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def print_options(title, section, file):
+    """A section's options as they stand in a file, with their comments."""
+    if not section:
+        return
+    with open(file, encoding='utf-8') as source:
+        comments = dict(re.findall(r'^ +(\w+)=.*?,  +# (.*)$', source.read(), re.M))
+    print(f'\nOptions, {title}:')
+    for key, value in section.items():
+        print(f'  --{key + "=" + str(value):26} {comments.get(key, "")}')
 
 
 class Lasting:

@@ -8,6 +8,7 @@ In Python: `found = numpy.load('vba.npz')`. Arrays: `image` (V, T, embed_dim), C
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,8 @@ def main():
         return [encoding.stored(seen[0]), *(encoding.videos(config, method, own) if found else [])]
 
     about = ['image', checkpoint.fingerprint(config, clip, method)]
-    reader = ClipReader(config, clip.visual.image_size)
-    try:
+    with closing(ClipReader(config, clip.visual.image_size)) as reader:
         kept = encoding.keep(config, clip, data.load_splits(config)[config['test_split']], reader, sees, make, about)
-    finally:
-        reader.close()
     names = ['image', *(f'video_{i}' for i in range(len(kept.tensors) - 1))]
     arrays = {name: x[kept.rows].float().cpu().numpy() for name, x in zip(names, kept.tensors)}
     with checkpoint.whole(config['out'], 'wb') as file:

@@ -1,12 +1,30 @@
-"""Files from the network, once: verified by SHA-256, taken up again where a connection broke."""
+"""What is made or fetched once: data that a script of ours makes; files from the network, verified by SHA-256, taken up again
+where a connection broke."""
 
 import hashlib
 import http.client
 import os
+import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 
 from tqdm import tqdm
+
+
+def prepare(config):
+    """Makes the data where the config names a script for it (the demo), whole or not at all; else says what to fetch."""
+    root, script = config['data_root'].rstrip('/'), config['prepare']
+    if not script:
+        sys.exit(f'There is no folder {root}.\n' + (config['fetch'] or 'Set data_root to the folder that holds the videos.'))
+    print(f'{root} is not there: running {script} to make it.', flush=True)
+    part = root + '.part'
+    shutil.rmtree(part, ignore_errors=True)
+    path, *options = script.split(' --')
+    if subprocess.run([sys.executable, path, '--out', part, *(f'--{option}' for option in options)]).returncode:
+        sys.exit(f'{script} failed, so there is no data in {root}: see its message above.')
+    os.replace(part, root)
 
 
 def sha256_of(path):

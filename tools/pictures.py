@@ -9,7 +9,7 @@ matplotlib.use('Agg')  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from checkpoint import whole  # noqa: E402
-from testing import size_of  # noqa: E402
+from tools.tables import size_of  # noqa: E402
 
 POINTS = 200  # of a curve, each the mean of as many log lines as it takes
 

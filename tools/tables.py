@@ -12,6 +12,7 @@ import numpy as np
 
 import checkpoint
 import testing
+from data import UNSEEN
 
 
 def recipe(config):
@@ -42,6 +43,13 @@ def together(rows, rights, recipes):
     return found
 
 
+def size_of(row):
+    """What a row answers, in words."""
+    if 'views' not in row:
+        return f'{row["shot"]}-shot'
+    return 'unseen classes' if row['split'] == UNSEEN else 'closed set'
+
+
 def print_pairs(rows, rights):
     """Differences between methods on the same episodes: their interval is far tighter than two intervals compared. A probe is
     compared with its own method alone."""
@@ -53,7 +61,7 @@ def print_pairs(rows, rights):
         less = testing.accuracies(base.astype(int) - right, 'within' in row)
         groups = ''.join(f', {part} groups {less[part]:+.2f} ± {less[part + "_ci95"]:.2f}' for part in ('within', 'across')
                          if part in less)
-        print(f'{row["way"]}-way {testing.size_of(row)}  {title(other, rows)} - {title(row, rows)}: '
+        print(f'{row["way"]}-way {size_of(row)}  {title(other, rows)} - {title(row, rows)}: '
               f'{less["accuracy"]:+.2f} ± {less["ci95"]:.2f} points{groups} (paired)')
 
 
@@ -68,7 +76,7 @@ def print_mistakes(row, most=5):
     confusion = np.array(row['confusion'], float)
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     np.fill_diagonal(share, 0)
-    print(f'{row["method"]} {testing.size_of(row)}, most often mistaken:')
+    print(f'{row["method"]} {size_of(row)}, most often mistaken:')
     for true, guessed in list(zip(*np.unravel_index(np.argsort(-share, axis=None), share.shape)))[:most]:
         if share[true, guessed]:
             print(f'  {row["classes"][true]} for {row["classes"][guessed]}: {share[true, guessed]:.1f} % of its queries')

@@ -45,8 +45,8 @@ def read_state(path):
     return {str(name): x for name, x in state.items()}
 
 
-def read_saved(path, device='cpu'):
-    """What torch.save wrote, checked against its own checksums, which torch.load ignores, -> the same, on a device.
+def read_saved(path):
+    """What torch.save wrote, checked against its own checksums, which torch.load ignores, -> the same, on the CPU.
 
     OSError: it cannot be opened. ValueError: damaged or something else. What torch says then is not passed on: it advises to
     load the file in a way that runs what is in it.
@@ -57,7 +57,7 @@ def read_saved(path, device='cpu'):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
         if not damaged:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
