@@ -247,10 +247,13 @@ class ClipReader:
         context = multiprocessing.get_context(START)
         context.set_forkserver_preload(['torch', 'av', 'reader'])
         if count and START == 'forkserver':
-            resource_tracker.ensure_running()  # else the next but one starts it, and it lets Ctrl-C through again:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it is ours, not that of those we start
-            forkserver.ensure_running()  # it imports while the caller goes on
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            resource_tracker.ensure_running()  # else forkserver starts it, and it lets Ctrl-C through again
+            # Ctrl-C is this process's to handle, not that of those which it starts
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                forkserver.ensure_running()  # it imports while the caller goes on
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.workers = [Worker(context, slots, self.shape, (config, image_size, count * RANKS)) for _ in range(count)]
 
     def stream(self, split, jobs, train):

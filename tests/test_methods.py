@@ -15,9 +15,10 @@ from test_train_eval import run, same, world  # noqa: F401
 import checkpoint
 import eval as evaluation
 import predict
+import testing
 import train
 from clip_loader import CLIP
-from config import DEFAULTS, ROOT, find_method, methods
+from config import DEFAULTS, ROOT, find_method, methods, name_of
 from model import Episode, Step, look
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
@@ -68,6 +69,14 @@ def test_changes_by_hand():
     _, start = built('changes', layer=16)  # as it starts, the layer changes nothing
     torch.testing.assert_close(start.scores(start.video(frames.float()), episode(5)),
                                method.scores(method.video(frames.float()), episode(5)))
+
+
+def test_rows_that_train_nothing_are_so_beside_any_method():
+    """Whatever an option of the same name means to the method that is tested."""
+    clip, _ = built('matrix')
+    clip.weights_hash = ''
+    rows = testing.untrained(DEFAULTS | dict(method='matrix', layer=8), clip, ['a', 'b', 'c'])
+    assert [name_of(row.config['method']) for row in rows] == ['mean_pool', 'concat', 'changes', 'zero_shot']
 
 
 def test_matrix_by_hand():
