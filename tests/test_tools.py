@@ -80,6 +80,12 @@ def test_paired_differences_by_hand(capsys):
     assert capsys.readouterr().out == '2-way 1-shot  two - one: +50.00 ± 56.58 points (paired)\n'
 
 
+def test_a_checkpoint_beside_the_same_method_untrained(capsys):
+    (row, right), (trained, other) = row_of('changes', [[0], [1]]), row_of('changes', [[1], [1]])
+    tables.print_pairs([row, trained | dict(checkpoint='runs/best.pt')], [right, other])
+    assert 'changes (runs/best.pt) - changes: ' in capsys.readouterr().out
+
+
 def test_mistakes_are_of_other_classes(capsys):
     tables.print_mistakes(row_of('one', [[1]])[0])
     assert [line.strip() for line in capsys.readouterr().out.splitlines()[1:]] == [

@@ -68,7 +68,7 @@ def print_pairs(rows, rights):
 def title(row, rows):
     """A row's method, and its checkpoint where the table has several of this method."""
     several = len({other['checkpoint'] for other in rows if other['method'] == row['method']}) > 1
-    return row['method'] + (f' ({os.path.relpath(row["checkpoint"])})' if several else '')
+    return row['method'] + (f' ({os.path.relpath(row["checkpoint"])})' if several and row['checkpoint'] else '')
 
 
 def print_mistakes(row, most=5):
