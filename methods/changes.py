@@ -12,7 +12,7 @@ from model import cosine
 
 class Method(nn.Module):
     options = dict(
-        layer=0,                # width of a trained linear layer on the changes, and frames meet by a trained matrix; 0: neither
+        layer=0,                # width of a trained linear layer, beside a trained matrix by which frames meet; 0: neither
     )
     sees = ('image',)
 

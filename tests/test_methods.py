@@ -58,17 +58,20 @@ def test_concat_by_hand():
     assert not torch.allclose(method.scores(method.video(reversed_queries), episode(5)), scores, atol=1)
 
 
+@torch.no_grad()
 def test_changes_by_hand():
-    """What is the same in all frames of a clip says nothing; the rest is compared frame by frame."""
-    _, method = built('changes')
-    frames = F.normalize(torch.randn(5, 4, 16, dtype=torch.float64), dim=-1)
+    """What is the same in all frames of a clip says nothing; the rest is compared frame by frame, or as the matrix says."""
+    _, method = built('changes', frames=4)
+    frames = F.normalize(torch.randn(5, 4, 16), dim=-1)
     moved = torch.stack([clip - clip.mean(0) for clip in frames])
     support = torch.stack([moved[0], (moved[1] + moved[2]) / 2]).flatten(1)
-    expected = F.cosine_similarity(moved[3:].flatten(1)[:, None], support[None], dim=-1).float()
-    torch.testing.assert_close(method.scores(method.video(7 * frames), episode(5))[0] / 20, expected)
-    _, start = built('changes', layer=16)  # as it starts, the layer changes nothing
-    torch.testing.assert_close(start.scores(start.video(frames.float()), episode(5)),
-                               method.scores(method.video(frames.float()), episode(5)))
+    expected = 20 * F.cosine_similarity(moved[3:].flatten(1)[:, None], support[None], dim=-1)
+    torch.testing.assert_close(method.scores(method.video(7 * frames), episode(5))[0], expected)
+    _, layered = built('changes', frames=4, layer=16)  # as it starts, it changes nothing
+    torch.testing.assert_close(layered.scores(layered.video(frames), episode(5))[0], expected)
+    layered.matrix.copy_(torch.eye(4).flip(0))  # the first frame of a query meets the last one of a class
+    turned = torch.cat([frames[:3], frames[3:].flip(1)])
+    torch.testing.assert_close(layered.scores(layered.video(turned), episode(5))[0], expected)
 
 
 def test_rows_that_train_nothing_are_so_beside_any_method():

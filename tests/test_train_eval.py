@@ -315,7 +315,7 @@ def test_features_in_a_file_are_reused_and_continued(world, trained, tmp_path, m
     again = run(evaluation, world, *options, f'--out_dir={tmp_path / "2"}', '--test_shots=[2]')
     assert 'encoded 0 of 12' in again.output and rows_of(tmp_path / '2') == rows_of(trained[0])[6:]
     file, = tmp_path.glob('features_test_*.bin')
-    sizes = (128, 512, 512, 128, 512, 4096)  # bytes a video: mean_pool, concat, changes, zero_shot, vba (two)
+    sizes = (128, 512, 256, 128, 512, 4096)  # bytes a video: mean_pool, concat, changes, zero_shot, vba (two)
     whole = file.read_bytes()
     assert len(whole) == 64 + 12 * sum(sizes) and whole[:12] == bytes([encoding.DONE] * 12)
     for undone in (slice(4, 8), slice(6, 7)):  # a block; a video, and with it its block
