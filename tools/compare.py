@@ -121,12 +121,13 @@ def table(found):
     first = max((runs[0] for runs in found.values()), key=len)  # some have tests that others have not
     heads = measures(first)
     lines = [f'| | trained numbers | protocol | {titles(heads)} |', '| --- ' * (3 + len(heads)) + '|']
-    rows = {name: [[row for row in first if row['method'] == name]]
+    rows = {name: [[row for row in first if row['method'] == name and not row['checkpoint']]]
             for name in dict.fromkeys(row['method'] for row in first if not row['checkpoint'])}
     for label, runs in found.items():
-        for name in dict.fromkeys(row['method'] for row in runs[0] if row['checkpoint']):
+        trained = [[row for row in run if row['checkpoint']] for run in runs]
+        for name in dict.fromkeys(row['method'] for row in trained[0]):
             mode = name.partition(' ')[2]
-            rows[f'{label} {mode}'.strip()] = [[row for row in run if row['method'] == name] for run in runs]
+            rows[f'{label} {mode}'.strip()] = [[row for row in run if row['method'] == name] for run in trained]
     for label, runs in rows.items():
         about, cells = runs[0][0], []
         for part, size in heads:
